@@ -1,0 +1,75 @@
+#include "core/parameter_store.h"
+
+#include <unordered_set>
+
+namespace bitfall {
+namespace {
+
+constexpr std::int64_t kAlignment = 16;  // elements: 64 bytes of f32
+
+std::int64_t round_up(std::int64_t value) { return (value + kAlignment - 1) / kAlignment * kAlignment; }
+
+}  // namespace
+
+ParameterStore::ParameterStore(Backend& backend, const std::vector<ParameterSpec>& specs,
+                               DType compute_dtype, WorkingCopy working_copy)
+    : compute_dtype_(compute_dtype) {
+  std::unordered_set<std::string_view> names;
+  int previous_block = kNoBlock;
+  for (const ParameterSpec& spec : specs) {
+    check<ConfigError>(names.insert(spec.name).second, "parameter '", spec.name, "' occurs twice");
+    const std::int64_t offset = spec.placement == Placement::adjacent ? numel_ : round_up(numel_);
+    const std::int64_t numel = spec.shape.numel();
+    if (spec.block != kNoBlock) {
+      if (spec.block != previous_block) {
+        check<ConfigError>(spec.block == num_blocks(), "parameter '", spec.name, "' of block ", spec.block,
+                           " follows block ", previous_block, ": blocks must be consecutive");
+        blocks_.push_back({offset, 0});
+      }
+      blocks_.back().numel = offset + numel - blocks_.back().begin;
+    }
+    previous_block = spec.block;
+    parameters_.push_back({spec.name, spec.shape, spec.block, offset, numel});
+    numel_ = offset + numel;
+  }
+  numel_ = round_up(numel_);
+
+  const auto bytes = static_cast<std::size_t>(numel_);
+  master_buffer_ = backend.allocate(bytes * size_in_bytes(DType::f32));
+  gradient_buffer_ = backend.allocate(bytes * size_in_bytes(DType::f32));
+  master_ = master_buffer_.view(DType::f32, Shape{numel_});
+  gradient_ = gradient_buffer_.view(DType::f32, Shape{numel_});
+  if (compute_dtype == DType::f32 && working_copy == WorkingCopy::shared) {
+    working_ = master_;
+  } else {
+    working_buffer_ = backend.allocate(bytes * size_in_bytes(compute_dtype));
+    working_ = working_buffer_.view(compute_dtype, Shape{numel_});
+  }
+}
+
+std::size_t ParameterStore::index_of(std::string_view name) const {
+  for (std::size_t index = 0; index < parameters_.size(); ++index) {
+    if (parameters_[index].name == name) return index;
+  }
+  throw ConfigError(concat("the model has no parameter '", name, "'"));
+}
+
+FlatRange ParameterStore::block_range(int block) const {
+  check<ShapeError>(block >= 0 && block < num_blocks(), "block ", block, " is outside of 0..", num_blocks() - 1);
+  return blocks_[static_cast<std::size_t>(block)];
+}
+
+std::vector<Tensor> ParameterStore::views(const Tensor& flat) const {
+  check_shape("flat parameter buffer", flat, Shape{numel_});
+  std::vector<Tensor> result;
+  result.reserve(parameters_.size());
+  for (std::size_t index = 0; index < parameters_.size(); ++index) result.push_back(view(flat, index));
+  return result;
+}
+
+Tensor ParameterStore::view(const Tensor& flat, std::size_t index) const {
+  const Parameter& parameter = parameters_.at(index);
+  return flat.flat_slice(parameter.offset, parameter.numel).reshaped(parameter.shape);
+}
+
+}  // namespace bitfall

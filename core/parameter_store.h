@@ -1,0 +1,87 @@
+// ParameterStore: every parameter of a model in flat buffers.
+//
+// Three views of the same layout: master (f32), working (compute dtype) and gradient (f32). A block of
+// the model is one contiguous range, so reductions, updates, checkpoints and slicing over ranks work on
+// ranges and need no list of tensors.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/backend.h"
+#include "core/tensor.h"
+
+namespace bitfall {
+
+/// Parameters that belong to no block of the encoder (embeddings, pooler, heads).
+inline constexpr int kNoBlock = -1;
+
+/// `adjacent` packs a parameter right behind its predecessor, so that several weights can be read as one
+/// matrix (query, key and value); otherwise a parameter starts at a multiple of 16 elements.
+enum class Placement { aligned, adjacent };
+
+struct ParameterSpec {
+  std::string name;  ///< as in Hugging Face checkpoints
+  Shape shape;
+  int block = kNoBlock;
+  Placement placement = Placement::aligned;
+};
+
+struct Parameter {
+  std::string name;
+  Shape shape;
+  int block = kNoBlock;
+  std::int64_t offset = 0;  ///< elements into the flat buffers
+  std::int64_t numel = 0;
+};
+
+/// Elements [begin, begin + numel) of the flat buffers.
+struct FlatRange {
+  std::int64_t begin = 0, numel = 0;
+};
+
+class ParameterStore {
+ public:
+  /// Lays out `specs` in order and allocates. With compute_dtype f32 and WorkingCopy::shared, working is
+  /// the memory of master (nothing between them, so no second copy).
+  ///
+  /// Throws ConfigError if a name occurs twice or the specs of one block are not consecutive.
+  enum class WorkingCopy { separate, shared };
+  ParameterStore(Backend& backend, const std::vector<ParameterSpec>& specs, DType compute_dtype,
+                 WorkingCopy working_copy);
+
+  const std::vector<Parameter>& parameters() const { return parameters_; }
+  /// Throws ConfigError that names the parameter if there is none of that name.
+  std::size_t index_of(std::string_view name) const;
+  int num_blocks() const { return static_cast<int>(blocks_.size()); }
+  /// Contiguous range of one block, 0 <= block < num_blocks().
+  FlatRange block_range(int block) const;
+  /// Flat length including alignment gaps; gaps hold zeros in every buffer.
+  std::int64_t numel() const { return numel_; }
+  DType compute_dtype() const { return compute_dtype_; }
+  bool working_is_master() const { return working_.data == master_.data; }
+
+  Tensor master() const { return master_; }      ///< [numel] f32
+  Tensor working() const { return working_; }    ///< [numel] compute dtype
+  Tensor gradient() const { return gradient_; }  ///< [numel] f32
+  Tensor master(std::size_t index) const { return view(master_, index); }
+  Tensor working(std::size_t index) const { return view(working_, index); }
+  Tensor gradient(std::size_t index) const { return view(gradient_, index); }
+
+  /// Views of all parameters over any flat buffer of this layout (f32 scratch weights, for example).
+  std::vector<Tensor> views(const Tensor& flat) const;
+
+ private:
+  Tensor view(const Tensor& flat, std::size_t index) const;
+
+  std::vector<Parameter> parameters_;
+  std::vector<FlatRange> blocks_;
+  std::int64_t numel_ = 0;
+  DType compute_dtype_;
+  Buffer master_buffer_, working_buffer_, gradient_buffer_;
+  Tensor master_, working_, gradient_;
+};
+
+}  // namespace bitfall

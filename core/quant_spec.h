@@ -1,0 +1,25 @@
+// QuantSpec: how one tensor is quantized. A plain value, understood by every backend.
+#pragma once
+
+#include <cstdint>
+
+namespace bitfall {
+
+enum class QuantType { symmetric, asymmetric };
+enum class Rounding { nearest, stochastic };
+
+struct QuantSpec {
+  int bits = 16;             ///< 1..16; 16 and above is a plain cast
+  std::int64_t groups = 1;   ///< equal slices of the flattened tensor, each with its own scale
+  QuantType q_type = QuantType::symmetric;
+  Rounding rounding = Rounding::nearest;
+};
+
+/// Keys of the counter-based generator for stochastic rounding: the same on every rank and device.
+struct StochasticKey {
+  std::uint64_t seed = 0;
+  std::uint64_t step = 0;
+  std::uint32_t parameter = 0;  ///< index of the parameter in the store
+};
+
+}  // namespace bitfall

@@ -1,0 +1,42 @@
+// Engine: one training step, and everything a step needs. See docs/architecture.md for the order of events.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/backend.h"
+#include "core/communicator.h"
+#include "core/model.h"
+#include "core/parameter_store.h"
+#include "eigen_sched/bit_schedule.h"
+#include "engine/config.h"
+
+namespace bitfall {
+
+struct EigenvalueResult {
+  std::string name;
+  int block = 0;
+  int iterations = 0;
+  bool converged = false;
+  double value = 0;       ///< largest |eigenvalue|
+  double normalized = 0;  ///< ev in [0, 1]
+  int factor = 1;         ///< 1 + floor(4 ev)
+};
+
+struct StepResult {
+  std::int64_t step = 0;
+  double loss = 0;  ///< mean over the global batch
+  double grad_norm = 0;
+  double learning_rate = 0;
+  double loss_scale = 1;
+  bool skipped = false;
+  std::vector<int> bits;  ///< per state of the schedule
+  std::vector<BitDrop> drops;
+  std::vector<EigenvalueResult> eigenvalues;
+};
+
+}  // namespace bitfall

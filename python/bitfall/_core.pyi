@@ -1,0 +1,155 @@
+"""The C++ engine as Python sees it (pybind11 module). Arrays are numpy arrays; errors are the classes below."""
+
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+__version__: str
+
+class Error(RuntimeError): ...
+class ConfigError(Error, ValueError): ...
+class ShapeError(Error, ValueError): ...
+class UnsupportedError(Error): ...
+class BackendError(Error): ...
+class CommunicationError(Error): ...
+class ModelFileError(Error): ...
+class CheckpointError(Error): ...
+class TrainingError(Error): ...
+
+class Batch(TypedDict, total=False):
+    """A packed micro-batch: no padding."""
+
+    input_ids: npt.NDArray[np.int32]  # [T]
+    token_type_ids: npt.NDArray[np.int32]  # [T], optional
+    sequence_starts: npt.NDArray[np.int32]  # [B+1]
+    sample_keys: npt.NDArray[np.int32]  # [B] position of the sample in the global batch of the step
+    labels: npt.NDArray[Any]  # [B] int32 (classification) or float32 (regression); [B, 2] int32 (spans); optional
+
+class BitDrop(TypedDict):
+    step: int
+    name: str
+    old_bits: int
+    new_bits: int
+    next_threshold: float
+    factor: int
+
+class Eigenvalue(TypedDict):
+    name: str
+    block: int
+    iterations: int
+    converged: bool
+    value: float  # largest |eigenvalue|
+    normalized: float  # in [0, 1]
+    factor: int
+
+class StepResult(TypedDict):
+    step: int  # optimizer steps so far, skipped ones not counted
+    loss: float  # mean over the global batch
+    grad_norm: float
+    learning_rate: float
+    loss_scale: float
+    skipped: bool
+    bits: dict[str, int]  # state name -> bits; 16 or the compute width while quantization has not begun
+    drops: list[BitDrop]
+    eigenvalues: list[Eigenvalue]  # empty unless computed in this step
+
+class FlagValue(TypedDict):
+    flag: str
+    json: str
+    given: bool
+
+class CompletedConfig:
+    json: str
+    origins: dict[str, str]
+    warnings: list[str]
+    compute_dtype: str  # "f32", "bf16", "f16"
+    train_batch_size: int
+    train_micro_batch_size_per_gpu: int
+    gradient_accumulation_steps: int
+    steps_per_print: int
+    seed: int
+    quantize_enabled: bool
+    eigenvalue_enabled: bool
+
+def parse_config(text: str, source: str, flags: dict[str, FlagValue]) -> CompletedConfig: ...
+
+class PlannedState(TypedDict):
+    name: str
+    group: int
+    block: int  # -1 for "other"
+    factor: int
+    drops: list[tuple[int, int]]  # (bits, first step at that width)
+
+def plan_bits(
+    config: CompletedConfig, num_layers: int, eigenvalues: list[float] | None, layer_name: str
+) -> list[PlannedState]: ...
+def longest_period_that_reaches(
+    config: CompletedConfig, group: int, num_layers: int, factor: int, steps: int
+) -> int: ...
+
+class Communicator:
+    """MPI when started by mpirun, otherwise a world of one."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    def broadcast(self, data: bytes, root: int = 0) -> bytes: ...
+    def all_gather(self, data: bytes) -> list[bytes]: ...
+    def barrier(self) -> None: ...
+    def abort(self, message: str) -> None: ...
+
+def make_communicator() -> Communicator: ...
+
+class Engine:
+    """Trains one model. Every rank constructs it with the same arguments."""
+
+    def __init__(
+        self,
+        model_dir: str,  # config.json + model.safetensors, as Hugging Face saves them
+        head: str,  # "classification", "regression" or "span"
+        num_labels: int,
+        config: CompletedConfig,
+        communicator: Communicator,
+    ) -> None: ...
+    num_layers: int
+    global_step: int
+    skipped_steps: int
+    def train_batch(self, micro_batches: list[Batch]) -> StepResult:
+        """One optimizer step over gradient_accumulation_steps micro-batches of this rank."""
+    def evaluate(self, batch: Batch) -> tuple[float | None, npt.NDArray[np.float32]]:
+        """(mean loss or None without labels, logits [B, C] or [T, 2]) in f32 with the quantized weights."""
+    def save_checkpoint(self, directory: str, tag: str, client_state: str) -> None:
+        """Writes directory/tag/ and then directory/latest. client_state is JSON text of the caller. Collective."""
+    def load_checkpoint(self, directory: str, tag: str | None = None) -> str:
+        """Restores everything bit for bit and returns client_state. Collective."""
+    def save_model(self, directory: str, weights: str) -> None:
+        """model.safetensors + config.json; weights: "master" (f32), "quantized" (f32 values exactly on the grid)
+        or "integers" (codes, scales, zero points in quantized.safetensors). Rank 0 writes."""
+    def quantization_error(self) -> dict[str, float]:
+        """Parameter name -> |quantized - master| / |master| (L2), quantized parameters only."""
+    def quantized_sizes(self) -> dict[str, dict[str, int]]:
+        """Parameter name -> {"numel", "bits", "bytes_f32", "bytes_quantized"}; unquantized ones too (bits 32)."""
+    def memory_bytes(self) -> dict[str, int]: ...
+    def timings(self) -> dict[str, float]:
+        """Seconds since the last call by phase: forward, backward, all_reduce, update, quantize, eigenvalues."""
+
+def fake_quantize(
+    array: npt.NDArray[np.float32],
+    bits: int,
+    groups: int = 1,
+    q_type: str = "symmetric",
+    rounding: str = "nearest",
+    seed: int = 0,
+) -> npt.NDArray[np.float32]: ...
+def quantize(
+    array: npt.NDArray[np.float32],
+    bits: int,
+    groups: int = 1,
+    q_type: str = "symmetric",
+    rounding: str = "nearest",
+    seed: int = 0,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+    """(codes, scales [groups], zero_points [groups]); value = (code + zero_point) * scale."""
+
+def cpu_isa() -> str: ...
