@@ -2,18 +2,22 @@
 //
 // Rules for every operation:
 //  - the caller allocates outputs; an operation never keeps a pointer after it returns;
-//  - operations of one backend run in call order; only `synchronize`, `copy` to the host and functions
+//  - operations of one backend run in call order; only `synchronize`, `copy` to the host and
+//  functions
 //    that return a number wait for them;
-//  - "compute dtype" below is f32, bf16 or f16 and is the same for all tensors so marked in one call;
+//  - "compute dtype" below is f32, bf16 or f16 and is the same for all tensors so marked in one
+//  call;
 //    sums, statistics and transcendental functions are computed in f32 whatever the compute dtype;
 //  - gradients of parameters are f32 and follow `Accumulate`; gradients of activations are in the
 //    compute dtype and overwrite unless the operation takes an `Accumulate`;
-//  - a size or dtype that a device cannot do throws UnsupportedError naming operation, device and dtype;
-//    shapes that do not fit throw ShapeError; results are reproducible run to run (fixed order of sums).
+//  - a size or dtype that a device cannot do throws UnsupportedError naming operation, device and
+//  dtype;
+//    shapes that do not fit throw ShapeError; results are reproducible run to run (fixed order of
+//    sums).
 //
 // Shape letters: T tokens of a packed batch, B sequences, R rows, H hidden_size, A attention heads,
-// D head size (H = A * D), F feed-forward size, K inputs and N outputs of a linear layer, C classes,
-// V vocabulary, G quantization groups.
+// D head size (H = A * D), F feed-forward size, K inputs and N outputs of a linear layer, C
+// classes, V vocabulary, G quantization groups.
 #pragma once
 
 #include <cstdint>
@@ -35,28 +39,29 @@ struct AttentionShape {
   std::int64_t head_size = 64;
 };
 
-/// y = dropout_out(norm(dropout_in(x) + residual)), norm(s) = (s - mean) / sqrt(var + eps) * gamma + beta.
+/// y = dropout_out(norm(dropout_in(x) + residual)), norm(s) = (s - mean) / sqrt(var + eps) * gamma
+/// + beta.
 struct LayerNormForward {
-  Tensor x;              ///< [R, H] compute dtype
-  Tensor residual;       ///< [R, H] compute dtype, or empty
-  Tensor gamma, beta;    ///< [H] compute dtype
-  Tensor row_keys;       ///< [R, 2] s32 {sample_key, position}; needed when a dropout is enabled
+  Tensor x;            ///< [R, H] compute dtype
+  Tensor residual;     ///< [R, H] compute dtype, or empty
+  Tensor gamma, beta;  ///< [H] compute dtype
+  Tensor row_keys;     ///< [R, 2] s32 {sample_key, position}; needed when a dropout is enabled
   Dropout input_dropout, output_dropout;
   float epsilon = 1e-12f;
-  Tensor sum;            ///< out [R, H]: dropout_in(x) + residual; may be the memory of x; saved for backward
-  Tensor mean_rstd;      ///< out [R, 2] f32: mean and 1 / sqrt(var + eps); saved for backward
-  Tensor y;              ///< out [R, H] compute dtype
+  Tensor sum;  ///< out [R, H]: dropout_in(x) + residual; may be the memory of x; saved for backward
+  Tensor mean_rstd;  ///< out [R, 2] f32: mean and 1 / sqrt(var + eps); saved for backward
+  Tensor y;          ///< out [R, H] compute dtype
 };
 
 struct LayerNormBackward {
-  Tensor dy;             ///< [R, H] compute dtype
-  Tensor sum, mean_rstd; ///< as saved by the forward pass
-  Tensor gamma;          ///< [H] compute dtype
-  Tensor row_keys;       ///< [R, 2] s32
+  Tensor dy;                              ///< [R, H] compute dtype
+  Tensor sum, mean_rstd;                  ///< as saved by the forward pass
+  Tensor gamma;                           ///< [H] compute dtype
+  Tensor row_keys;                        ///< [R, 2] s32
   Dropout input_dropout, output_dropout;  ///< as in the forward pass
-  Tensor dresidual;      ///< out [R, H]: gradient of `sum`; may be the memory of dy
-  Tensor dx;             ///< out [R, H]: dropout mask applied to dresidual; empty when input_dropout is off
-  Tensor dgamma, dbeta;  ///< out [H] f32
+  Tensor dresidual;  ///< out [R, H]: gradient of `sum`; may be the memory of dy
+  Tensor dx;  ///< out [R, H]: dropout mask applied to dresidual; empty when input_dropout is off
+  Tensor dgamma, dbeta;                    ///< out [H] f32
   Accumulate accumulate = Accumulate::no;  ///< for dgamma and dbeta
 };
 
@@ -73,7 +78,8 @@ struct EmbeddingIds {
   Tensor token_type_ids;  ///< [T] s32
 };
 
-/// One step of Adam (Kingma & Ba 2015) or AdamW (Loshchilov & Hutter 2019) with DeepSpeed's FusedAdam rules.
+/// One step of Adam (Kingma & Ba 2015) or AdamW (Loshchilov & Hutter 2019) with DeepSpeed's
+/// FusedAdam rules.
 struct AdamStep {
   float learning_rate = 0;
   float beta1 = 0.9f, beta2 = 0.999f, epsilon = 1e-8f;
@@ -93,21 +99,28 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  // --- memory -------------------------------------------------------------------------------------
+  // --- memory
+  // -------------------------------------------------------------------------------------
   virtual Device device() const = 0;
-  /// `bytes` of zeroed memory aligned to 64 bytes. Throws BackendError that names need and free bytes.
+  /// `bytes` of zeroed memory aligned to 64 bytes. Throws BackendError that names need and free
+  /// bytes.
   virtual Buffer allocate(std::size_t bytes) = 0;
-  /// Same dtype and size; either side may be on the host. Waits when the destination is on the host.
+  /// Same dtype and size; either side may be on the host. Waits when the destination is on the
+  /// host.
   virtual void copy(const Tensor& source, const Tensor& destination) = 0;
   virtual void synchronize() = 0;
   virtual void fill_zero(const Tensor& destination) = 0;
-  /// destination = source converted (round to nearest even), any pair of floating dtypes, same size.
+  /// destination = source converted (round to nearest even), any pair of floating dtypes, same
+  /// size.
   virtual void cast(const Tensor& source, const Tensor& destination) = 0;
 
-  // --- linear layers ------------------------------------------------------------------------------
+  // --- linear layers
+  // ------------------------------------------------------------------------------
   /// y [R, N] = x [R, K] weight [N, K]^T + bias [N] (or empty). All compute dtype.
-  virtual void linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& y) = 0;
-  /// pre_activation [R, N] as above, y = activation(pre_activation). pre_activation is saved for backward.
+  virtual void linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                              const Tensor& y) = 0;
+  /// pre_activation [R, N] as above, y = activation(pre_activation). pre_activation is saved for
+  /// backward.
   virtual void linear_activation_forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                          Activation activation, const Tensor& pre_activation,
                                          const Tensor& y) = 0;
@@ -118,57 +131,74 @@ class Backend {
   virtual void linear_backward_weight(const Tensor& dy, const Tensor& x, const Tensor& dweight,
                                       const Tensor& dbias, Accumulate accumulate) = 0;
   /// dpre = dy * activation'(pre_activation); dpre may be the memory of dy. `y` (or empty) receives
-  /// activation(pre_activation) again, so that the forward pass need not keep it. All [R, N] compute dtype.
-  virtual void activation_backward(Activation activation, const Tensor& pre_activation, const Tensor& dy,
-                                   const Tensor& dpre, const Tensor& y) = 0;
+  /// activation(pre_activation) again, so that the forward pass need not keep it. All [R, N]
+  /// compute dtype.
+  virtual void activation_backward(Activation activation, const Tensor& pre_activation,
+                                   const Tensor& dy, const Tensor& dpre, const Tensor& y) = 0;
 
-  // --- attention ----------------------------------------------------------------------------------
+  // --- attention
+  // ----------------------------------------------------------------------------------
   /// out [T, H] = softmax(q k^T / sqrt(D)) v, sequence by sequence and head by head.
   ///
   /// qkv [T, 3H] compute dtype: columns [0, H) are q, [H, 2H) k, [2H, 3H) v, head a at a*D in each.
   /// sequence_starts [B+1] s32 (host readable on CPU), sample_keys [B] s32.
-  /// log_sum_exp [T, A] f32 out: log of the softmax denominator of the scaled scores; saved for backward.
-  /// Dropout acts on the probabilities; see Dropout for its keys.
-  virtual void attention_forward(const AttentionShape& shape, const Tensor& qkv, const Tensor& sequence_starts,
-                                 const Tensor& sample_keys, const Dropout& dropout, const Tensor& out,
+  /// log_sum_exp [T, A] f32 out: log of the softmax denominator of the scaled scores; saved for
+  /// backward. Dropout acts on the probabilities; see Dropout for its keys.
+  virtual void attention_forward(const AttentionShape& shape, const Tensor& qkv,
+                                 const Tensor& sequence_starts, const Tensor& sample_keys,
+                                 const Dropout& dropout, const Tensor& out,
                                  const Tensor& log_sum_exp) = 0;
   /// dqkv [T, 3H] out, from dout [T, H] and what the forward pass saved (qkv, out, log_sum_exp).
-  virtual void attention_backward(const AttentionShape& shape, const Tensor& dout, const Tensor& qkv,
-                                  const Tensor& out, const Tensor& log_sum_exp, const Tensor& sequence_starts,
-                                  const Tensor& sample_keys, const Dropout& dropout, const Tensor& dqkv) = 0;
+  virtual void attention_backward(const AttentionShape& shape, const Tensor& dout,
+                                  const Tensor& qkv, const Tensor& out, const Tensor& log_sum_exp,
+                                  const Tensor& sequence_starts, const Tensor& sample_keys,
+                                  const Dropout& dropout, const Tensor& dqkv) = 0;
 
-  // --- norms, embeddings, rows ----------------------------------------------------------------------
+  // --- norms, embeddings, rows
+  // ----------------------------------------------------------------------
   virtual void layer_norm_forward(const LayerNormForward& args) = 0;
   virtual void layer_norm_backward(const LayerNormBackward& args) = 0;
-  /// y [T, H] = word[input_ids] + position[position_ids] + token_type[token_type_ids]. Ids were checked by the caller.
-  virtual void embedding_forward(const EmbeddingIds& ids, const EmbeddingTables& tables, const Tensor& y) = 0;
+  /// y [T, H] = word[input_ids] + position[position_ids] + token_type[token_type_ids]. Ids were
+  /// checked by the caller.
+  virtual void embedding_forward(const EmbeddingIds& ids, const EmbeddingTables& tables,
+                                 const Tensor& y) = 0;
   /// Adds dy [T, H] to the rows of the f32 gradient tables. Sums run in token order.
-  virtual void embedding_backward(const EmbeddingIds& ids, const Tensor& dy, const EmbeddingTables& gradients) = 0;
+  virtual void embedding_backward(const EmbeddingIds& ids, const Tensor& dy,
+                                  const EmbeddingTables& gradients) = 0;
   /// y [R, H] = x[row_index]. row_index [R] s32.
   virtual void gather_rows(const Tensor& x, const Tensor& row_index, const Tensor& y) = 0;
   /// dx = 0 except dx[row_index] = dy. The indices are distinct.
   virtual void scatter_rows(const Tensor& dy, const Tensor& row_index, const Tensor& dx) = 0;
-  /// y = x * mask * scale; its backward is itself on the gradient. [R, H] compute dtype, may be in place.
-  virtual void dropout(const Dropout& dropout, const Tensor& row_keys, const Tensor& x, const Tensor& y) = 0;
+  /// y = x * mask * scale; its backward is itself on the gradient. [R, H] compute dtype, may be in
+  /// place.
+  virtual void dropout(const Dropout& dropout, const Tensor& row_keys, const Tensor& x,
+                       const Tensor& y) = 0;
 
-  // --- losses: `loss` is f32 [1] on the device, a mean ------------------------------------------------
+  // --- losses: `loss` is f32 [1] on the device, a mean
+  // ------------------------------------------------
   /// loss = mean_r -log softmax(logits)[r, labels[r]]. logits [R, C] compute dtype, labels [R] s32.
-  virtual void cross_entropy_forward(const Tensor& logits, const Tensor& labels, const Tensor& loss) = 0;
+  virtual void cross_entropy_forward(const Tensor& logits, const Tensor& labels,
+                                     const Tensor& loss) = 0;
   /// dlogits [R, C] = scale * d loss / d logits.
   virtual void cross_entropy_backward(const Tensor& logits, const Tensor& labels, float scale,
                                       const Tensor& dlogits) = 0;
-  /// loss = mean_r (predictions[r] - labels[r])^2. predictions [R, 1] compute dtype, labels [R] f32.
-  virtual void mean_squared_error_forward(const Tensor& predictions, const Tensor& labels, const Tensor& loss) = 0;
-  virtual void mean_squared_error_backward(const Tensor& predictions, const Tensor& labels, float scale,
-                                           const Tensor& dpredictions) = 0;
-  /// Extractive question answering: loss = mean over sequences of the mean of start and end cross-entropy, each a
-  /// softmax over the tokens of the sequence. logits [T, 2] compute dtype, span_positions [B, 2] s32 within the sequence.
+  /// loss = mean_r (predictions[r] - labels[r])^2. predictions [R, 1] compute dtype, labels [R]
+  /// f32.
+  virtual void mean_squared_error_forward(const Tensor& predictions, const Tensor& labels,
+                                          const Tensor& loss) = 0;
+  virtual void mean_squared_error_backward(const Tensor& predictions, const Tensor& labels,
+                                           float scale, const Tensor& dpredictions) = 0;
+  /// Extractive question answering: loss = mean over sequences of the mean of start and end
+  /// cross-entropy, each a softmax over the tokens of the sequence. logits [T, 2] compute dtype,
+  /// span_positions [B, 2] s32 within the sequence.
   virtual void span_cross_entropy_forward(const Tensor& logits, const Tensor& sequence_starts,
                                           const Tensor& span_positions, const Tensor& loss) = 0;
   virtual void span_cross_entropy_backward(const Tensor& logits, const Tensor& sequence_starts,
-                                           const Tensor& span_positions, float scale, const Tensor& dlogits) = 0;
+                                           const Tensor& span_positions, float scale,
+                                           const Tensor& dlogits) = 0;
 
-  // --- flat f32 vectors (parameters, gradients, Hessian products) ---------------------------------------
+  // --- flat f32 vectors (parameters, gradients, Hessian products)
+  // ---------------------------------------
   /// Sum of squares, accumulated in f64; NaN or infinity if any element is not finite.
   virtual double squared_sum(const Tensor& x) = 0;
   /// Inner product, accumulated in f64.
@@ -176,12 +206,13 @@ class Backend {
   /// y = alpha * x + beta * y. With beta = 0, y is not read.
   virtual void axpby(float alpha, const Tensor& x, float beta, const Tensor& y) = 0;
   /// Updates master, exp_avg and exp_avg_sq (flat f32) from gradient, in one pass, range by range.
-  virtual void adam_update(const AdamStep& step, std::span<const DecayRange> ranges, const Tensor& gradient,
-                           const Tensor& master, const Tensor& exp_avg, const Tensor& exp_avg_sq) = 0;
-  /// working (compute dtype) = mix * master + (1 - mix) * quantize(master), spec A5. master f32, same size;
-  /// numel must be a multiple of spec.groups. bits >= 16 is a plain cast.
-  virtual void fake_quantize(const QuantSpec& spec, const StochasticKey& key, float mix, const Tensor& master,
-                             const Tensor& working) = 0;
+  virtual void adam_update(const AdamStep& step, std::span<const DecayRange> ranges,
+                           const Tensor& gradient, const Tensor& master, const Tensor& exp_avg,
+                           const Tensor& exp_avg_sq) = 0;
+  /// working (compute dtype) = mix * master + (1 - mix) * quantize(master), spec A5. master f32,
+  /// same size; numel must be a multiple of spec.groups. bits >= 16 is a plain cast.
+  virtual void fake_quantize(const QuantSpec& spec, const StochasticKey& key, float mix,
+                             const Tensor& master, const Tensor& working) = 0;
 };
 
 }  // namespace bitfall

@@ -44,7 +44,9 @@ class SingleProcess final : public Communicator {
   void all_reduce_async(const Tensor&, ReduceOp) override {}
   void wait_all() override {}
   void broadcast(std::vector<std::byte>&, int) override {}
-  std::vector<std::vector<std::byte>> all_gather(const std::vector<std::byte>& bytes) override { return {bytes}; }
+  std::vector<std::vector<std::byte>> all_gather(const std::vector<std::byte>& bytes) override {
+    return {bytes};
+  }
   void barrier() override {}
   void abort(const std::string&) override {}
 };

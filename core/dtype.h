@@ -73,7 +73,8 @@ BITFALL_INLINE float to_float(Float16 value) {
   const std::uint32_t exponent = (value.bits >> 10) & 0x1fu;
   const std::uint32_t mantissa = value.bits & 0x3ffu;
   if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000u | (mantissa << 13));
-  if (exponent != 0) return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (mantissa << 13));
+  if (exponent != 0)
+    return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (mantissa << 13));
   // Subnormal halves are multiples of 2^-24, exact in f32.
   const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
   return std::bit_cast<float>(std::bit_cast<std::uint32_t>(magnitude) | sign);
@@ -108,7 +109,8 @@ BITFALL_INLINE Float16 from_float<Float16>(float value) {
   if (magnitude < 0x38800000u) {
     // Adding 0.5 leaves the value in units of 2^-24 in the low mantissa bits, rounded to even.
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
-    return {static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(shifted) - 0x3f000000u))};
+    return {
+        static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(shifted) - 0x3f000000u))};
   }
   const std::uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
   return {static_cast<std::uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
@@ -133,7 +135,8 @@ decltype(auto) visit_dtype(DType dtype, Function&& function) {
     case DType::f16:
       return function(TypeTag<Float16>{});
     default:
-      throw UnsupportedError(concat("expected a floating dtype (f32, bf16, f16), got ", name(dtype)));
+      throw UnsupportedError(
+          concat("expected a floating dtype (f32, bf16, f16), got ", name(dtype)));
   }
 }
 

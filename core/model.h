@@ -18,17 +18,19 @@ struct Batch {
   std::vector<std::int32_t> input_ids;        ///< [T]
   std::vector<std::int32_t> token_type_ids;   ///< [T], or empty for all zeros
   std::vector<std::int32_t> sequence_starts;  ///< [B+1], first 0, last T, strictly increasing
-  std::vector<std::int32_t> sample_keys;      ///< [B] identity of each sample in its step, for dropout
-  std::vector<std::int32_t> class_labels;     ///< [B], classification; empty without labels
-  std::vector<float> regression_labels;       ///< [B], regression
-  std::vector<std::int32_t> span_positions;   ///< [B, 2] start and end token within the sequence
+  std::vector<std::int32_t> sample_keys;   ///< [B] identity of each sample in its step, for dropout
+  std::vector<std::int32_t> class_labels;  ///< [B], classification; empty without labels
+  std::vector<float> regression_labels;    ///< [B], regression
+  std::vector<std::int32_t> span_positions;  ///< [B, 2] start and end token within the sequence
 
   std::int64_t num_tokens() const { return static_cast<std::int64_t>(input_ids.size()); }
-  std::int64_t num_sequences() const { return static_cast<std::int64_t>(sequence_starts.size()) - 1; }
+  std::int64_t num_sequences() const {
+    return static_cast<std::int64_t>(sequence_starts.size()) - 1;
+  }
 };
 
-/// train: dropout on, activations kept. differentiate: dropout off, activations kept (Hessian products).
-/// evaluate: dropout off, nothing kept.
+/// train: dropout on, activations kept. differentiate: dropout off, activations kept (Hessian
+/// products). evaluate: dropout off, nothing kept.
 enum class Mode { train, differentiate, evaluate };
 
 struct ForwardContext {
@@ -37,8 +39,8 @@ struct ForwardContext {
   std::uint32_t step = 0;  ///< optimizer step, keys dropout
 };
 
-/// Called during the backward pass when the gradients of a block are complete (kNoBlock: at its very end,
-/// all others).
+/// Called during the backward pass when the gradients of a block are complete (kNoBlock: at its
+/// very end, all others).
 using BlockReady = std::function<void(int block)>;
 
 /// How much of the network block_gradient must run again.
@@ -50,12 +52,13 @@ class Model {
 
   /// Layout in flat order; constant for the life of the model.
   virtual const std::vector<ParameterSpec>& parameters() const = 0;
-  /// Weights (one dtype, which becomes the compute dtype) and f32 gradients, parallel to parameters().
-  /// The memory must outlive the next bind.
+  /// Weights (one dtype, which becomes the compute dtype) and f32 gradients, parallel to
+  /// parameters(). The memory must outlive the next bind.
   virtual void bind(std::span<const Tensor> weights, std::span<const Tensor> gradients) = 0;
 
-  /// Runs `batch`; loss() and logits() are valid afterwards. Throws ShapeError for a malformed batch (ids outside
-  /// the vocabulary, sequences beyond max_position_embeddings, labels outside the classes).
+  /// Runs `batch`; loss() and logits() are valid afterwards. Throws ShapeError for a malformed
+  /// batch (ids outside the vocabulary, sequences beyond max_position_embeddings, labels outside
+  /// the classes).
   virtual void forward(const Batch& batch, const ForwardContext& context) = 0;
   /// f32 [1] on the device: mean loss of the last forward; empty if the batch had no labels.
   virtual Tensor loss() const = 0;
@@ -64,13 +67,15 @@ class Model {
   /// gradients (+)= scale * d loss / d weights of the last forward(train or differentiate).
   virtual void backward(float scale, Accumulate accumulate, const BlockReady& on_block_ready) = 0;
 
-  /// Overwrites the gradients of the parameters of `block` (others are left undefined or untouched) with
-  /// d loss / d weights in Mode::differentiate. With Recompute::from_block the caller promises that batch and all
-  /// weights before `block` are those of the last call with Recompute::everything or forward(differentiate).
+  /// Overwrites the gradients of the parameters of `block` (others are left undefined or untouched)
+  /// with d loss / d weights in Mode::differentiate. With Recompute::from_block the caller promises
+  /// that batch and all weights before `block` are those of the last call with
+  /// Recompute::everything or forward(differentiate).
   virtual void block_gradient(const Batch& batch, int block, Recompute recompute) = 0;
 };
 
-/// Rewrites the working weights after each optimizer step (quantizer, pruning masks), in registration order.
+/// Rewrites the working weights after each optimizer step (quantizer, pruning masks), in
+/// registration order.
 class WeightTransform {
  public:
   virtual ~WeightTransform() = default;

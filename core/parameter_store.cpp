@@ -7,7 +7,9 @@ namespace {
 
 constexpr std::int64_t kAlignment = 16;  // elements: 64 bytes of f32
 
-std::int64_t round_up(std::int64_t value) { return (value + kAlignment - 1) / kAlignment * kAlignment; }
+std::int64_t round_up(std::int64_t value) {
+  return (value + kAlignment - 1) / kAlignment * kAlignment;
+}
 
 }  // namespace
 
@@ -22,8 +24,9 @@ ParameterStore::ParameterStore(Backend& backend, const std::vector<ParameterSpec
     const std::int64_t numel = spec.shape.numel();
     if (spec.block != kNoBlock) {
       if (spec.block != previous_block) {
-        check<ConfigError>(spec.block == num_blocks(), "parameter '", spec.name, "' of block ", spec.block,
-                           " follows block ", previous_block, ": blocks must be consecutive");
+        check<ConfigError>(spec.block == num_blocks(), "parameter '", spec.name, "' of block ",
+                           spec.block, " follows block ", previous_block,
+                           ": blocks must be consecutive");
         blocks_.push_back({offset, 0});
       }
       blocks_.back().numel = offset + numel - blocks_.back().begin;
@@ -55,7 +58,8 @@ std::size_t ParameterStore::index_of(std::string_view name) const {
 }
 
 FlatRange ParameterStore::block_range(int block) const {
-  check<ShapeError>(block >= 0 && block < num_blocks(), "block ", block, " is outside of 0..", num_blocks() - 1);
+  check<ShapeError>(block >= 0 && block < num_blocks(), "block ", block, " is outside of 0..",
+                    num_blocks() - 1);
   return blocks_[static_cast<std::size_t>(block)];
 }
 
@@ -63,7 +67,8 @@ std::vector<Tensor> ParameterStore::views(const Tensor& flat) const {
   check_shape("flat parameter buffer", flat, Shape{numel_});
   std::vector<Tensor> result;
   result.reserve(parameters_.size());
-  for (std::size_t index = 0; index < parameters_.size(); ++index) result.push_back(view(flat, index));
+  for (std::size_t index = 0; index < parameters_.size(); ++index)
+    result.push_back(view(flat, index));
   return result;
 }
 

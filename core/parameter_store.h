@@ -1,8 +1,8 @@
 // ParameterStore: every parameter of a model in flat buffers.
 //
-// Three views of the same layout: master (f32), working (compute dtype) and gradient (f32). A block of
-// the model is one contiguous range, so reductions, updates, checkpoints and slicing over ranks work on
-// ranges and need no list of tensors.
+// Three views of the same layout: master (f32), working (compute dtype) and gradient (f32). A block
+// of the model is one contiguous range, so reductions, updates, checkpoints and slicing over ranks
+// work on ranges and need no list of tensors.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ namespace bitfall {
 /// Parameters that belong to no block of the encoder (embeddings, pooler, heads).
 inline constexpr int kNoBlock = -1;
 
-/// `adjacent` packs a parameter right behind its predecessor, so that several weights can be read as one
-/// matrix (query, key and value); otherwise a parameter starts at a multiple of 16 elements.
+/// `adjacent` packs a parameter right behind its predecessor, so that several weights can be read
+/// as one matrix (query, key and value); otherwise a parameter starts at a multiple of 16 elements.
 enum class Placement { aligned, adjacent };
 
 struct ParameterSpec {
@@ -44,8 +44,8 @@ struct FlatRange {
 
 class ParameterStore {
  public:
-  /// Lays out `specs` in order and allocates. With compute_dtype f32 and WorkingCopy::shared, working is
-  /// the memory of master (nothing between them, so no second copy).
+  /// Lays out `specs` in order and allocates. With compute_dtype f32 and WorkingCopy::shared,
+  /// working is the memory of master (nothing between them, so no second copy).
   ///
   /// Throws ConfigError if a name occurs twice or the specs of one block are not consecutive.
   enum class WorkingCopy { separate, shared };
@@ -70,7 +70,8 @@ class ParameterStore {
   Tensor working(std::size_t index) const { return view(working_, index); }
   Tensor gradient(std::size_t index) const { return view(gradient_, index); }
 
-  /// Views of all parameters over any flat buffer of this layout (f32 scratch weights, for example).
+  /// Views of all parameters over any flat buffer of this layout (f32 scratch weights, for
+  /// example).
   std::vector<Tensor> views(const Tensor& flat) const;
 
  private:

@@ -9,8 +9,8 @@ enum class QuantType { symmetric, asymmetric };
 enum class Rounding { nearest, stochastic };
 
 struct QuantSpec {
-  int bits = 16;             ///< 1..16; 16 and above is a plain cast
-  std::int64_t groups = 1;   ///< equal slices of the flattened tensor, each with its own scale
+  int bits = 16;            ///< 1..16; 16 and above is a plain cast
+  std::int64_t groups = 1;  ///< equal slices of the flattened tensor, each with its own scale
   QuantType q_type = QuantType::symmetric;
   Rounding rounding = Rounding::nearest;
 };

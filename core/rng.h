@@ -1,6 +1,6 @@
-// Counter-based random numbers (Philox4x32-10, Salmon et al., SC 2011): the same on host and device,
-// independent of thread count, rank count and packing, because each number is a pure function of
-// what it is for.
+// Counter-based random numbers (Philox4x32-10, Salmon et al., SC 2011): the same on host and
+// device, independent of thread count, rank count and packing, because each number is a pure
+// function of what it is for.
 #pragma once
 
 #include <cstdint>
@@ -35,9 +35,9 @@ BITFALL_INLINE PhiloxBlock philox(PhiloxBlock counter, PhiloxKey key) {
 
 /// Dropout at one place of the network during one forward pass.
 ///
-/// Row r of a tensor is identified by `row_keys[r] = {sample_key, position}` (for attention, the row of
-/// the probabilities of head a and query q is {sample_key, (a << 16) | q}), so a mask depends on the
-/// sample alone: not on padding, micro-batches or ranks.
+/// Row r of a tensor is identified by `row_keys[r] = {sample_key, position}` (for attention, the
+/// row of the probabilities of head a and query q is {sample_key, (a << 16) | q}), so a mask
+/// depends on the sample alone: not on padding, micro-batches or ranks.
 struct Dropout {
   float probability = 0.0f;  ///< 0 switches it off; below 1
   std::uint64_t seed = 0;
@@ -58,13 +58,13 @@ struct Dropout {
 
 /// The 16 random bits of element `column` of the row {sample_key, position}.
 ///
-/// Columns go in blocks of 128. Counter word 0 = 16 * (column / 128) + column % 16; of the eight 16-bit
-/// halves of the result (word 0 low, word 0 high, word 1 low, ...) element takes number
+/// Columns go in blocks of 128. Counter word 0 = 16 * (column / 128) + column % 16; of the eight
+/// 16-bit halves of the result (word 0 low, word 0 high, word 1 low, ...) element takes number
 /// (column % 128) / 16. So 16 neighbouring lanes of a vector hold 16 neighbouring columns.
 BITFALL_INLINE std::uint32_t dropout_bits(const Dropout& dropout, std::uint32_t sample_key,
-                                                      std::uint32_t position, std::uint32_t column) {
-  const PhiloxBlock block =
-      philox({{16 * (column / 128) + column % 16, position, sample_key, dropout.step}}, dropout.key());
+                                          std::uint32_t position, std::uint32_t column) {
+  const PhiloxBlock block = philox(
+      {{16 * (column / 128) + column % 16, position, sample_key, dropout.step}}, dropout.key());
   const std::uint32_t half = (column % 128) / 16;
   return (block.word[half / 2] >> (16 * (half % 2))) & 0xffffu;
 }

@@ -41,23 +41,23 @@ Tensor Tensor::flat_slice(std::int64_t begin, std::int64_t count) const {
 }
 
 Tensor Tensor::rows(std::int64_t begin, std::int64_t count) const {
-  check<ShapeError>(shape.rank() >= 1 && begin >= 0 && count >= 0 && begin + count <= shape[0], "rows ",
-                    begin, "..", begin + count, " are outside of ", shape.to_string());
+  check<ShapeError>(shape.rank() >= 1 && begin >= 0 && count >= 0 && begin + count <= shape[0],
+                    "rows ", begin, "..", begin + count, " are outside of ", shape.to_string());
   const std::int64_t row_elements = shape[0] == 0 ? 0 : numel() / shape[0];
   std::array<std::int64_t, Shape::kMaxRank> dims{count, shape[1], shape[2], shape[3]};
-  return {as<std::byte>() + begin * row_elements * static_cast<std::int64_t>(size_in_bytes(dtype)), dtype,
-          Shape(std::span<const std::int64_t>(dims.data(), shape.rank())), device};
+  return {as<std::byte>() + begin * row_elements * static_cast<std::int64_t>(size_in_bytes(dtype)),
+          dtype, Shape(std::span<const std::int64_t>(dims.data(), shape.rank())), device};
 }
 
 void check_shape(const char* what, const Tensor& tensor, const Shape& expected) {
-  check<ShapeError>(tensor.shape == expected, what, " has shape ", tensor.shape.to_string(), ", expected ",
-                    expected.to_string());
+  check<ShapeError>(tensor.shape == expected, what, " has shape ", tensor.shape.to_string(),
+                    ", expected ", expected.to_string());
 }
 
 Tensor Buffer::view(DType dtype, const Shape& shape, std::size_t offset_bytes) const {
   const std::size_t needed = static_cast<std::size_t>(shape.numel()) * size_in_bytes(dtype);
-  check<ShapeError>(offset_bytes + needed <= bytes_, "a view of ", needed, " bytes at ", offset_bytes,
-                    " exceeds the buffer of ", bytes_, " bytes");
+  check<ShapeError>(offset_bytes + needed <= bytes_, "a view of ", needed, " bytes at ",
+                    offset_bytes, " exceeds the buffer of ", bytes_, " bytes");
   return {static_cast<std::byte*>(memory_.get()) + offset_bytes, dtype, shape, device_};
 }
 

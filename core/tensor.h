@@ -15,7 +15,8 @@ namespace bitfall {
 
 enum class Device { cpu, cuda };
 
-/// Up to four dimensions, row-major and contiguous. A default Shape has no dimension and one element.
+/// Up to four dimensions, row-major and contiguous. A default Shape has no dimension and one
+/// element.
 class Shape {
  public:
   static constexpr std::size_t kMaxRank = 4;
@@ -37,7 +38,8 @@ class Shape {
   std::size_t rank_ = 0;
 };
 
-/// Non-owning view of `shape.numel()` contiguous elements. A default Tensor is empty: `data == nullptr`.
+/// Non-owning view of `shape.numel()` contiguous elements. A default Tensor is empty: `data ==
+/// nullptr`.
 struct Tensor {
   void* data = nullptr;
   DType dtype = DType::f32;
@@ -56,7 +58,8 @@ struct Tensor {
 
   /// The same memory under another shape of the same size. Throws ShapeError otherwise.
   Tensor reshaped(const Shape& new_shape) const;
-  /// Elements [begin, begin + numel) of the flattened tensor as a 1-D view. Throws ShapeError out of range.
+  /// Elements [begin, begin + numel) of the flattened tensor as a 1-D view. Throws ShapeError out
+  /// of range.
   Tensor flat_slice(std::int64_t begin, std::int64_t numel) const;
   /// Rows [begin, begin + count) of the first axis. Throws ShapeError out of range.
   Tensor rows(std::int64_t begin, std::int64_t count) const;

@@ -1,7 +1,8 @@
-// Backend on the CPU: oneDNN for matrix products, hand-written kernels for the rest, OpenMP threads.
+// Backend on the CPU: oneDNN for matrix products, hand-written kernels for the rest, OpenMP
+// threads.
 //
-// The class is declared here and defined operation family by operation family in the files named like
-// the family (matmul.cpp, attention.cpp, ...).
+// The class is declared here and defined operation family by operation family in the files named
+// like the family (matmul.cpp, attention.cpp, ...).
 #pragma once
 
 #include <memory>
@@ -28,26 +29,31 @@ class CpuBackend final : public Backend {
   void fill_zero(const Tensor& destination) override;
 
   // matmul.cpp
-  void linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& y) override;
-  void linear_activation_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, Activation activation,
-                                 const Tensor& pre_activation, const Tensor& y) override;
+  void linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                      const Tensor& y) override;
+  void linear_activation_forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                 Activation activation, const Tensor& pre_activation,
+                                 const Tensor& y) override;
   void linear_backward_input(const Tensor& dy, const Tensor& weight, const Tensor& dx,
                              Accumulate accumulate) override;
-  void linear_backward_weight(const Tensor& dy, const Tensor& x, const Tensor& dweight, const Tensor& dbias,
-                              Accumulate accumulate) override;
+  void linear_backward_weight(const Tensor& dy, const Tensor& x, const Tensor& dweight,
+                              const Tensor& dbias, Accumulate accumulate) override;
 
   // elementwise.cpp
   void cast(const Tensor& source, const Tensor& destination) override;
-  void activation_backward(Activation activation, const Tensor& pre_activation, const Tensor& dy, const Tensor& dpre,
-                           const Tensor& y) override;
-  void dropout(const Dropout& dropout, const Tensor& row_keys, const Tensor& x, const Tensor& y) override;
+  void activation_backward(Activation activation, const Tensor& pre_activation, const Tensor& dy,
+                           const Tensor& dpre, const Tensor& y) override;
+  void dropout(const Dropout& dropout, const Tensor& row_keys, const Tensor& x,
+               const Tensor& y) override;
 
   // attention.cpp
-  void attention_forward(const AttentionShape& shape, const Tensor& qkv, const Tensor& sequence_starts,
-                         const Tensor& sample_keys, const Dropout& dropout, const Tensor& out,
+  void attention_forward(const AttentionShape& shape, const Tensor& qkv,
+                         const Tensor& sequence_starts, const Tensor& sample_keys,
+                         const Dropout& dropout, const Tensor& out,
                          const Tensor& log_sum_exp) override;
-  void attention_backward(const AttentionShape& shape, const Tensor& dout, const Tensor& qkv, const Tensor& out,
-                          const Tensor& log_sum_exp, const Tensor& sequence_starts, const Tensor& sample_keys,
+  void attention_backward(const AttentionShape& shape, const Tensor& dout, const Tensor& qkv,
+                          const Tensor& out, const Tensor& log_sum_exp,
+                          const Tensor& sequence_starts, const Tensor& sample_keys,
                           const Dropout& dropout, const Tensor& dqkv) override;
 
   // layer_norm.cpp
@@ -55,21 +61,27 @@ class CpuBackend final : public Backend {
   void layer_norm_backward(const LayerNormBackward& args) override;
 
   // embedding.cpp
-  void embedding_forward(const EmbeddingIds& ids, const EmbeddingTables& tables, const Tensor& y) override;
-  void embedding_backward(const EmbeddingIds& ids, const Tensor& dy, const EmbeddingTables& gradients) override;
+  void embedding_forward(const EmbeddingIds& ids, const EmbeddingTables& tables,
+                         const Tensor& y) override;
+  void embedding_backward(const EmbeddingIds& ids, const Tensor& dy,
+                          const EmbeddingTables& gradients) override;
   void gather_rows(const Tensor& x, const Tensor& row_index, const Tensor& y) override;
   void scatter_rows(const Tensor& dy, const Tensor& row_index, const Tensor& dx) override;
 
   // loss.cpp
-  void cross_entropy_forward(const Tensor& logits, const Tensor& labels, const Tensor& loss) override;
-  void cross_entropy_backward(const Tensor& logits, const Tensor& labels, float scale, const Tensor& dlogits) override;
-  void mean_squared_error_forward(const Tensor& predictions, const Tensor& labels, const Tensor& loss) override;
+  void cross_entropy_forward(const Tensor& logits, const Tensor& labels,
+                             const Tensor& loss) override;
+  void cross_entropy_backward(const Tensor& logits, const Tensor& labels, float scale,
+                              const Tensor& dlogits) override;
+  void mean_squared_error_forward(const Tensor& predictions, const Tensor& labels,
+                                  const Tensor& loss) override;
   void mean_squared_error_backward(const Tensor& predictions, const Tensor& labels, float scale,
                                    const Tensor& dpredictions) override;
-  void span_cross_entropy_forward(const Tensor& logits, const Tensor& sequence_starts, const Tensor& span_positions,
-                                  const Tensor& loss) override;
-  void span_cross_entropy_backward(const Tensor& logits, const Tensor& sequence_starts, const Tensor& span_positions,
-                                   float scale, const Tensor& dlogits) override;
+  void span_cross_entropy_forward(const Tensor& logits, const Tensor& sequence_starts,
+                                  const Tensor& span_positions, const Tensor& loss) override;
+  void span_cross_entropy_backward(const Tensor& logits, const Tensor& sequence_starts,
+                                   const Tensor& span_positions, float scale,
+                                   const Tensor& dlogits) override;
 
   // adam.cpp
   double squared_sum(const Tensor& x) override;
@@ -79,8 +91,8 @@ class CpuBackend final : public Backend {
                    const Tensor& master, const Tensor& exp_avg, const Tensor& exp_avg_sq) override;
 
   // fake_quantize.cpp
-  void fake_quantize(const QuantSpec& spec, const StochasticKey& key, float mix, const Tensor& master,
-                     const Tensor& working) override;
+  void fake_quantize(const QuantSpec& spec, const StochasticKey& key, float mix,
+                     const Tensor& master, const Tensor& working) override;
 
  private:
   /// Memory of at least `bytes` that the next call may overwrite; grows and is kept between steps.

@@ -25,7 +25,8 @@ std::vector<CpuIsa> supported_isas() {
   std::vector<CpuIsa> isas{CpuIsa::generic};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) {
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+      !__builtin_cpu_supports("f16c")) {
     return isas;
   }
   isas.push_back(CpuIsa::avx2);

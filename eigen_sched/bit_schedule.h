@@ -11,7 +11,8 @@
 
 namespace bitfall {
 
-/// What a state is for: the parameters of one block (or, with kNoBlock, all others) of one quantize group.
+/// What a state is for: the parameters of one block (or, with kNoBlock, all others) of one quantize
+/// group.
 struct BitStateSpec {
   std::string name;  ///< "bert.encoder.layer.3", "other"; "group/..." if there are several groups
   int block = -1;    ///< kNoBlock for "other"
@@ -43,7 +44,8 @@ struct BitDrop {
 
 class BitSchedule {
  public:
-  /// `layer_num` is the number of blocks that have eigenvalues, 0 when they are off: it sets the tick of clock "deepspeed-0.6".
+  /// `layer_num` is the number of blocks that have eigenvalues, 0 when they are off: it sets the
+  /// tick of clock "deepspeed-0.6".
   BitSchedule(const QuantizeConfig& config, std::vector<BitStateSpec> specs, int layer_num);
 
   const std::vector<BitStateSpec>& specs() const { return specs_; }
@@ -53,9 +55,11 @@ class BitSchedule {
   double mix(std::size_t state) const { return state_.states[state].mix; }
   int factor(std::size_t state) const { return state_.states[state].factor; }
 
-  /// True if some state of a block would drop a bit in the next advance, so that eigenvalues are needed now.
+  /// True if some state of a block would drop a bit in the next advance, so that eigenvalues are
+  /// needed now.
   bool block_would_drop() const;
-  /// One optimizer step that was not skipped. `eigenvalues` (one per block, each in [0, 1]) or empty.
+  /// One optimizer step that was not skipped. `eigenvalues` (one per block, each in [0, 1]) or
+  /// empty.
   std::vector<BitDrop> advance(std::int64_t step, std::span<const double> eigenvalues);
 
   const BitScheduleState& state() const { return state_; }
@@ -73,15 +77,19 @@ class BitSchedule {
 struct PlannedState {
   std::string name;
   int factor = 1;
-  std::vector<std::pair<int, std::int64_t>> drops;  ///< {bits, first step at that width}, start_bits first; unlimited steps
+  std::vector<std::pair<int, std::int64_t>>
+      drops;  ///< {bits, first step at that width}, start_bits first; unlimited steps
 };
 
-/// Steps at which each width begins under constant eigenvalues (closed form: periods may reach 1e9 steps).
-std::vector<PlannedState> plan_bits(const QuantizeConfig& config, const std::vector<BitStateSpec>& specs, int layer_num,
+/// Steps at which each width begins under constant eigenvalues (closed form: periods may reach 1e9
+/// steps).
+std::vector<PlannedState> plan_bits(const QuantizeConfig& config,
+                                    const std::vector<BitStateSpec>& specs, int layer_num,
                                     std::span<const double> eigenvalues);
 
-/// Largest quantize_period with which `group` reaches its target within `steps` at `factor`; 0 if none does.
-std::int64_t longest_period_that_reaches(const QuantizeConfig& config, std::size_t group, int layer_num, int factor,
-                                         std::int64_t steps);
+/// Largest quantize_period with which `group` reaches its target within `steps` at `factor`; 0 if
+/// none does.
+std::int64_t longest_period_that_reaches(const QuantizeConfig& config, std::size_t group,
+                                         int layer_num, int factor, std::int64_t steps);
 
 }  // namespace bitfall

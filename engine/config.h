@@ -1,4 +1,5 @@
-// Config: a DeepSpeed JSON file, checked, completed from the command line, with the origin of each value.
+// Config: a DeepSpeed JSON file, checked, completed from the command line, with the origin of each
+// value.
 #pragma once
 
 #include <array>
@@ -23,9 +24,10 @@ struct OptimizerConfig {
   bool adam_w_mode = true;
 };
 
-/// type: a DeepSpeed scheduler (WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest) with its params, or a Hugging Face
-/// lr_scheduler_type (linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup, inverse_sqrt) with
-/// num_warmup_steps and num_training_steps.
+/// type: a DeepSpeed scheduler (WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest)
+/// with its params, or a Hugging Face lr_scheduler_type (linear, cosine, cosine_with_restarts,
+/// polynomial, constant, constant_with_warmup, inverse_sqrt) with num_warmup_steps and
+/// num_training_steps.
 struct SchedulerConfig {
   std::string type = "linear";
   std::map<std::string, double> params;
@@ -61,25 +63,29 @@ struct Config {
 
 /// A command-line value that may fill an "auto" or clash with the file.
 struct FlagValue {
-  std::string flag;         ///< "--learning_rate"
-  std::string json;         ///< its value as JSON text
-  bool given = false;       ///< typed by the user (clashes are errors) or a default (fills gaps only)
+  std::string flag;    ///< "--learning_rate"
+  std::string json;    ///< its value as JSON text
+  bool given = false;  ///< typed by the user (clashes are errors) or a default (fills gaps only)
 };
 
-/// Key path ("optimizer.params.lr", "train_micro_batch_size_per_gpu", ...) -> flag. Run facts that are no DeepSpeed keys
-/// use the same map: "bitfall.world_size", "bitfall.num_training_steps", "bitfall.warmup_steps", "bitfall.lr_scheduler_type".
+/// Key path ("optimizer.params.lr", "train_micro_batch_size_per_gpu", ...) -> flag. Run facts that
+/// are no DeepSpeed keys use the same map: "bitfall.world_size", "bitfall.num_training_steps",
+/// "bitfall.warmup_steps", "bitfall.lr_scheduler_type".
 using FlagValues = std::map<std::string, FlagValue>;
 
 struct CompletedConfig {
   Config config;
-  std::string json;                              ///< the completed DeepSpeed config, pretty-printed
-  std::map<std::string, std::string> origins;    ///< key path -> "file", "flag --learning_rate", "default", "computed"
-  std::vector<std::string> warnings;             ///< aliases used, keys ignored on purpose
+  std::string json;  ///< the completed DeepSpeed config, pretty-printed
+  std::map<std::string, std::string>
+      origins;  ///< key path -> "file", "flag --learning_rate", "default", "computed"
+  std::vector<std::string> warnings;  ///< aliases used, keys ignored on purpose
 };
 
-/// Parses and completes `text` (JSON with comments and trailing commas; empty text is an empty object).
+/// Parses and completes `text` (JSON with comments and trailing commas; empty text is an empty
+/// object).
 ///
 /// `source` names the file in messages. Throws ConfigError for everything that spec A1 refuses.
-CompletedConfig parse_config(const std::string& text, const std::string& source, const FlagValues& flags);
+CompletedConfig parse_config(const std::string& text, const std::string& source,
+                             const FlagValues& flags);
 
 }  // namespace bitfall

@@ -1,4 +1,5 @@
-// Engine: one training step, and everything a step needs. See docs/architecture.md for the order of events.
+// Engine: one training step, and everything a step needs. See docs/architecture.md for the order of
+// events.
 #pragma once
 
 #include <cstdint>
