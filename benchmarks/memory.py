@@ -1,4 +1,4 @@
-"""Peak memory of the training step: growth of the process beyond its libraries, and the whole process."""
+"""Peak memory of the training step: growth beyond the libraries, and the whole process."""
 
 from results import Result
 from training_step import torch_variants

@@ -27,7 +27,9 @@ def run(model: str) -> list[Result]:
         one = Worker(worker, threads=1)
         two = Worker([*launcher, *worker], threads=1)
         one_seconds, two_seconds = paired_seconds([one, two], ROUNDS)
-        detail = f"{median(two_seconds):.3f} s a step on two ranks beside {median(one_seconds):.3f} s on one"
+        detail = (
+            f"{median(two_seconds):.3f} s a step beside {median(one_seconds):.3f} s on one rank"
+        )
         results.append(
             Result(
                 f"two ranks, {dtype}, tokens/s",

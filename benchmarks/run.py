@@ -1,4 +1,4 @@
-"""Runs the benchmarks and prints every ratio beside what it must reach. See README.md of this folder."""
+"""Runs the benchmarks and prints every ratio beside what it must reach. See README.md here."""
 
 import argparse
 import json
@@ -21,7 +21,8 @@ def print_table(results: list[Result]) -> None:
         bound = "<=" if result.at_most else ">="
         verdict = "reached" if result.reached else "MISSED"
         print(
-            f"{result.name:60s} {result.value:6.2f}  {bound} {result.target:<5g} {verdict:8s} {result.detail}"
+            f"{result.name:60s} {result.value:6.2f}  {bound} {result.target:<5g} {verdict:8s} "
+            f"{result.detail}"
         )
 
 

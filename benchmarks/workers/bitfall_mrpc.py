@@ -1,4 +1,4 @@
-"""One whole MRPC run of `bitfall glue` with the tutorial's flags: everything the command does, MoQ, files and report included."""
+"""One whole MRPC run of `bitfall glue` with the tutorial's flags, MoQ, files and report included."""
 
 import argparse
 import json
@@ -33,7 +33,8 @@ with tempfile.TemporaryDirectory() as folder:
     output = Path(folder) / "mrpc"
     (Path(folder) / "test.json").write_text(json.dumps(config))
     flags = (
-        f"glue --model_name_or_path {args.model} --task_name mrpc --data_dir {args.data_dir} --do_train --do_eval "
+        f"glue --model_name_or_path {args.model} --task_name mrpc --data_dir {args.data_dir} "
+        "--do_train --do_eval "
         "--max_seq_length 128 --per_device_train_batch_size 32 --learning_rate 2e-5 "
         f"--num_train_epochs {args.epochs} --output_dir {output} --bf16 --warmup_steps 2 "
         f"--deepspeed {folder}/test.json"

@@ -5,9 +5,8 @@ import json
 import time
 
 import numpy as np
-from protocol import resident_bytes, serve
-
 from bitfall import _core
+from protocol import resident_bytes, serve
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", required=True)

@@ -17,7 +17,7 @@ WORKERS = Path(__file__).resolve().parent
 
 
 def serve(measure: Callable[[], dict[str, Any]]) -> None:
-    """Answers each input line with `measure()`, to which the peak memory of the process is added."""
+    """Answers each input line with `measure()`, adding the peak memory of the process."""
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
         result = measure()
@@ -34,7 +34,9 @@ def resident_bytes() -> int:
 class Worker:
     """A loaded process that waits for the next measurement."""
 
-    def __init__(self, command: list[str], threads: int = 2, env: dict[str, str] | None = None):
+    def __init__(
+        self, command: list[str], threads: int = 2, env: dict[str, str] | None = None
+    ) -> None:
         environment = dict(os.environ, OMP_NUM_THREADS=str(threads), **(env or {}))
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -66,7 +68,7 @@ def python_worker(name: str, *arguments: str, threads: int = 2) -> Worker:
 
 
 def paired_seconds(workers: list[Worker], rounds: int) -> list[list[float]]:
-    """`rounds` measurements of each worker, taken in turn. Returns one list of seconds per worker."""
+    """`rounds` measurements of each worker, taken in turn: one list of seconds per worker."""
     seconds: list[list[float]] = [[] for _ in workers]
     for _ in range(rounds):
         for index, worker in enumerate(workers):

@@ -33,7 +33,7 @@ begin = time.perf_counter()
 
 
 def examples(name: str) -> list[tuple[str, str, int]]:
-    with open(args.data_dir / name, encoding="utf-8-sig", newline="") as file:
+    with (args.data_dir / name).open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
     return [(row[3], row[4], int(row[0])) for row in rows]
 
