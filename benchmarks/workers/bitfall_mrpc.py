@@ -1,4 +1,4 @@
-"""One whole MRPC run of `bitfall glue` with the tutorial's flags, MoQ, files and report included."""
+"""One whole MRPC run of `bitfall glue` with the tutorial's flags, files and report included."""
 
 import argparse
 import json

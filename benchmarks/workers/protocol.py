@@ -37,7 +37,7 @@ class Worker:
     def __init__(
         self, command: list[str], threads: int = 2, env: dict[str, str] | None = None
     ) -> None:
-        environment = dict(os.environ, OMP_NUM_THREADS=str(threads), **(env or {}))
+        environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
