@@ -1,7 +1,7 @@
 """Fails on a file above 400 lines or a function above 60 lines.
 
-C++ functions are found by their layout, which clang-format guarantees: a line that opens a body ends with "{", and
-the body ends at the first "}" with the indentation of the line on which the statement began.
+C++ functions are found by their layout, which clang-format guarantees: a line that opens a body
+ends with "{", and the body ends at the first "}" with the indentation of the first line.
 
 usage: check_lengths.py [ROOT]
 """
@@ -33,7 +33,7 @@ NOT_A_FUNCTION = re.compile(
 
 
 def cpp_functions(lines: list[str]) -> Iterator[tuple[int, int]]:
-    """Yields (first line, number of lines) of each function defined at namespace or class level, 1-based."""
+    """Yields (first line, number of lines) of each function at namespace or class level, from 1."""
     start = 0
     while start < len(lines):
         line = lines[start]
@@ -75,21 +75,18 @@ def problems(root: Path) -> Iterator[str]:
             lines = text.splitlines()
             path = file.relative_to(root).as_posix()
             if len(lines) > MAX_FILE_LINES:
-                yield f"{path}:1: {len(lines)} lines, at most {MAX_FILE_LINES}: split by responsibility"
+                yield f"{path}:1: {len(lines)} lines, at most {MAX_FILE_LINES}: split it"
             functions = python_functions(text) if file.suffix == ".py" else cpp_functions(lines)
             for first, length in functions:
                 if length > MAX_FUNCTION_LINES:
-                    yield f"{path}:{first}: a function of {length} lines, at most {MAX_FUNCTION_LINES}"
+                    yield f"{path}:{first}: {length} lines in a function, at most {MAX_FUNCTION_LINES}"
 
 
 def main() -> int:
     """Prints every problem; 1 if there is one."""
     root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[2]
     found = list(problems(root))
-    print(
-        "\n".join(found)
-        or f"no file above {MAX_FILE_LINES} lines, no function above {MAX_FUNCTION_LINES}"
-    )
+    print("\n".join(found) or "no file and no function is too long")
     return 1 if found else 0
 
 
