@@ -15,6 +15,11 @@ struct QuantSpec {
   Rounding rounding = Rounding::nearest;
 };
 
+/// Throws ConfigError for bits outside 1..32, fewer than one group, or ternary and binary weights
+/// that are not symmetric and nearest; ShapeError if `numel` elements have no `groups` equal
+/// slices.
+void check_quant_spec(const QuantSpec& spec, std::int64_t numel);
+
 /// Keys of the counter-based generator for stochastic rounding: the same on every rank and device.
 struct StochasticKey {
   std::uint64_t seed = 0;
