@@ -1,0 +1,199 @@
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "csrc_cpu/cpu_backend.h"
+
+namespace bitfall {
+namespace {
+
+struct AttentionTensors {
+  AttentionShape shape;
+  const Tensor& qkv;
+  const Tensor& sequence_starts;
+  const Tensor& sample_keys;
+  const Tensor& out;
+  const Tensor& log_sum_exp;
+
+  std::int64_t hidden_size() const { return shape.num_attention_heads * shape.head_size; }
+  std::int64_t num_sequences() const { return sequence_starts.numel() - 1; }
+  std::span<const std::int32_t> starts() const {
+    return {sequence_starts.as<const std::int32_t>(),
+            static_cast<std::size_t>(sequence_starts.numel())};
+  }
+};
+
+bool is_floating(DType dtype) {
+  return dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16;
+}
+
+void check_matrix(const char* what, const Tensor& tensor, std::int64_t rows, std::int64_t columns,
+                  DType dtype) {
+  check_shape(what, tensor, {rows, columns});
+  check<ShapeError>(tensor.dtype == dtype, what, ": dtype ", name(tensor.dtype), ", expected ",
+                    name(dtype));
+}
+
+void check_integers(const char* what, const Tensor& tensor, std::int64_t numel) {
+  check_shape(what, tensor, {numel});
+  check<ShapeError>(tensor.dtype == DType::s32, what, ": dtype ", name(tensor.dtype),
+                    ", expected s32");
+}
+
+/// The dropout row of head a and query q is (a << 16) | q, so both must fit 16 bits.
+void check_dropout_rows(const AttentionTensors& t, std::int64_t longest) {
+  constexpr std::int64_t kLimit = 1 << 16;
+  check<UnsupportedError>(longest <= kLimit && t.shape.num_attention_heads <= kLimit,
+                          "attention on cpu: a sequence of ", longest, " tokens and ",
+                          t.shape.num_attention_heads, " heads; dropout handles up to ", kLimit,
+                          " of each: shorten the sequence or set attention dropout to 0");
+}
+
+/// Throws ShapeError unless every tensor fits; returns the length of the longest sequence.
+std::int64_t check_attention(const AttentionTensors& t, const Dropout& dropout) {
+  check<ShapeError>(t.shape.num_attention_heads > 0 && t.shape.head_size > 0,
+                    "attention: num_attention_heads ", t.shape.num_attention_heads,
+                    " and head_size ", t.shape.head_size, ": both must be positive");
+  check<ShapeError>(t.qkv.shape.rank() == 2, "attention qkv: shape ", t.qkv.shape.to_string(),
+                    ", expected [T, 3H]");
+  check<ShapeError>(t.sequence_starts.numel() >= 1, "attention sequence_starts: empty, expected ",
+                    "[B+1] s32");
+  check<UnsupportedError>(is_floating(t.qkv.dtype), "attention on cpu: dtype ", name(t.qkv.dtype),
+                          ", expected f32, bf16 or f16");
+  const std::int64_t tokens = t.qkv.shape[0], hidden = t.hidden_size();
+  check_matrix("attention qkv", t.qkv, tokens, 3 * hidden, t.qkv.dtype);
+  check_matrix("attention out", t.out, tokens, hidden, t.qkv.dtype);
+  check_matrix("attention log_sum_exp", t.log_sum_exp, tokens, t.shape.num_attention_heads,
+               DType::f32);
+  check_integers("attention sequence_starts", t.sequence_starts, t.num_sequences() + 1);
+  if (dropout.enabled()) check_integers("attention sample_keys", t.sample_keys, t.num_sequences());
+  const std::span<const std::int32_t> starts = t.starts();
+  check<ShapeError>(starts.front() == 0 && starts.back() == tokens,
+                    "attention sequence_starts: from ", starts.front(), " to ", starts.back(),
+                    ", expected from 0 to the number of tokens, ", tokens);
+  std::int64_t longest = 0;
+  for (std::size_t b = 0; b + 1 < starts.size(); ++b) {
+    check<ShapeError>(starts[b] <= starts[b + 1], "attention sequence_starts[", b + 1,
+                      "] = ", starts[b + 1], ": expected at least the one before, ", starts[b]);
+    longest = std::max<std::int64_t>(longest, starts[b + 1] - starts[b]);
+  }
+  if (dropout.enabled()) check_dropout_rows(t, longest);
+  return longest;
+}
+
+/// Bounds of each thread's share of the units (sequence b, head a) = b * A + a: contiguous ranges
+/// of nearly equal cost, the same on every call, so a head is always summed by the same thread.
+std::vector<std::int64_t> partition(const AttentionTensors& t, int num_threads) {
+  const std::span<const std::int32_t> starts = t.starts();
+  const std::int64_t heads = t.shape.num_attention_heads;
+  // Score tiles grow with the square of the length; packing and the rest with the length.
+  const auto cost = [&](std::int64_t b) {
+    const double length = starts[b + 1] - starts[b];
+    return length * (length + 32);
+  };
+  double total = 0;
+  for (std::int64_t b = 0; b < t.num_sequences(); ++b) total += cost(b) * heads;
+  std::vector<std::int64_t> bounds{0};
+  double done = 0;
+  for (std::int64_t unit = 0; unit < t.num_sequences() * heads; ++unit) {
+    // A unit belongs to the thread in whose share its middle falls.
+    const double middle = done + cost(unit / heads) / 2;
+    while (bounds.size() < static_cast<std::size_t>(num_threads) &&
+           middle * num_threads >= total * static_cast<double>(bounds.size())) {
+      bounds.push_back(unit);
+    }
+    done += cost(unit / heads);
+  }
+  bounds.resize(num_threads + 1, t.num_sequences() * heads);
+  return bounds;
+}
+
+void* column(const Tensor& tensor, std::int64_t row, std::int64_t index) {
+  return tensor.as<std::byte>() +
+         (row * tensor.shape[1] + index) * static_cast<std::int64_t>(size_in_bytes(tensor.dtype));
+}
+
+AttentionHead make_head(const AttentionTensors& t, const Dropout& dropout, std::int64_t unit) {
+  const std::int64_t b = unit / t.shape.num_attention_heads;
+  const std::int64_t a = unit % t.shape.num_attention_heads;
+  const std::int64_t row = t.starts()[b], hidden = t.hidden_size();
+  AttentionHead head;
+  head.length = t.starts()[b + 1] - row;
+  head.head_size = t.shape.head_size;
+  head.qkv_stride = 3 * hidden;
+  head.out_stride = hidden;
+  head.lse_stride = t.shape.num_attention_heads;
+  head.q = column(t.qkv, row, a * head.head_size);
+  head.k = column(t.qkv, row, hidden + a * head.head_size);
+  head.v = column(t.qkv, row, 2 * hidden + a * head.head_size);
+  head.out = column(t.out, row, a * head.head_size);
+  head.log_sum_exp = static_cast<float*>(column(t.log_sum_exp, row, a));
+  head.dropout = dropout;
+  if (dropout.enabled()) {
+    head.sample_key = static_cast<std::uint32_t>(t.sample_keys.as<const std::int32_t>()[b]);
+  }
+  head.head = static_cast<std::uint32_t>(a);
+  return head;
+}
+
+/// Calls run(unit, scratch of the thread) for every (sequence, head).
+template <typename Run>
+void for_each_head(const AttentionTensors& t, std::byte* scratch, std::size_t bytes_per_thread,
+                   const Run& run) {
+  const std::vector<std::int64_t> bounds = partition(t, omp_get_max_threads());
+#pragma omp parallel for schedule(static)
+  for (std::size_t share = 0; share < bounds.size() - 1; ++share) {
+    for (std::int64_t unit = bounds[share]; unit < bounds[share + 1]; ++unit) {
+      run(unit, scratch + share * bytes_per_thread);
+    }
+  }
+}
+
+std::size_t round_up_to_line(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+}  // namespace
+
+void CpuBackend::attention_forward(const AttentionShape& shape, const Tensor& qkv,
+                                   const Tensor& sequence_starts, const Tensor& sample_keys,
+                                   const Dropout& dropout, const Tensor& out,
+                                   const Tensor& log_sum_exp) {
+  const AttentionTensors t{shape, qkv, sequence_starts, sample_keys, out, log_sum_exp};
+  const std::int64_t longest = check_attention(t, dropout);
+  const AttentionKernels& kernels = *kernels_.attention;
+  const std::size_t bytes =
+      round_up_to_line(kernels.forward_scratch_bytes(qkv.dtype, longest, shape.head_size));
+  std::byte* memory = static_cast<std::byte*>(scratch(omp_get_max_threads() * bytes));
+  for_each_head(t, memory, bytes, [&](std::int64_t unit, std::byte* own) {
+    kernels.forward(qkv.dtype, make_head(t, dropout, unit), own);
+  });
+}
+
+void CpuBackend::attention_backward(const AttentionShape& shape, const Tensor& dout,
+                                    const Tensor& qkv, const Tensor& out, const Tensor& log_sum_exp,
+                                    const Tensor& sequence_starts, const Tensor& sample_keys,
+                                    const Dropout& dropout, const Tensor& dqkv) {
+  const AttentionTensors t{shape, qkv, sequence_starts, sample_keys, out, log_sum_exp};
+  const std::int64_t longest = check_attention(t, dropout);
+  const std::int64_t tokens = qkv.shape[0], hidden = t.hidden_size();
+  check_matrix("attention dout", dout, tokens, hidden, qkv.dtype);
+  check_matrix("attention dqkv", dqkv, tokens, 3 * hidden, qkv.dtype);
+  const AttentionKernels& kernels = *kernels_.attention;
+  const std::size_t bytes =
+      round_up_to_line(kernels.backward_scratch_bytes(qkv.dtype, longest, shape.head_size));
+  std::byte* memory = static_cast<std::byte*>(scratch(omp_get_max_threads() * bytes));
+  for_each_head(t, memory, bytes, [&](std::int64_t unit, std::byte* own) {
+    AttentionHead head = make_head(t, dropout, unit);
+    const std::int64_t row = t.starts()[unit / shape.num_attention_heads];
+    const std::int64_t first = static_cast<std::int64_t>(head.head) * shape.head_size;
+    head.dout = column(dout, row, first);
+    head.dq = column(dqkv, row, first);
+    head.dk = column(dqkv, row, hidden + first);
+    head.dv = column(dqkv, row, 2 * hidden + first);
+    kernels.backward(qkv.dtype, head, own);
+  });
+}
+
+}  // namespace bitfall

@@ -1,0 +1,395 @@
+#include "csrc_cpu/kernels/attention.h"
+
+#include "csrc_cpu/kernels/attention_tiles.h"
+
+namespace bitfall::BITFALL_ISA {
+namespace {
+
+constexpr std::int64_t kBlockRows = 32;  ///< queries whose whole score rows are in cache together
+
+/// 2^x for x <= 127, 0 below -126.5; NaN stays NaN. Relative error below 3e-7.
+BITFALL_INLINE Floats exp2(Floats x) {
+  const Floats clamped = x < -127.0f ? broadcast(-127.0f) : x;
+  // Adding 1.5 * 2^23 leaves round(x) in the low mantissa bits (0x4b400000 are its own bits).
+  const Floats shifted = clamped + 12582912.0f;
+  const Floats r = clamped - (shifted - 12582912.0f);
+  // Taylor coefficients of 2^r; |r| <= 1/2.
+  Floats p = multiply_add(r, broadcast(1.54035304e-4f), broadcast(1.33335581e-3f));
+  p = multiply_add(p, r, broadcast(9.61812911e-3f));
+  p = multiply_add(p, r, broadcast(5.55041087e-2f));
+  p = multiply_add(p, r, broadcast(2.40226507e-1f));
+  p = multiply_add(p, r, broadcast(6.93147181e-1f));
+  p = multiply_add(p, r, broadcast(1.0f));
+  return p * as_floats((as_ints(shifted) - 0x4b400000 + 127) << 23);
+}
+
+constexpr float kLog2E = 1.44269504f;
+
+/// Sizes of the packed operands of one head, in words or f32 elements.
+template <typename Format>
+struct Sizes {
+  std::int64_t length, head_size;
+  std::int64_t score_vectors, score_stride;  ///< of one row of scores
+  std::int64_t out_vectors, out_stride;      ///< of one row of head_size elements
+  std::int64_t row_words;                    ///< of one row packed along head_size
+  std::int64_t depth_head, depth_length;     ///< words that hold head_size and length elements
+  std::int64_t tile_length;                  ///< length rounded up to whole tiles
+
+  Sizes(std::int64_t length, std::int64_t head_size) : length(length), head_size(head_size) {
+    constexpr std::int64_t kPerWord = Format::kPerWord;
+    score_vectors = round_up(length, kLanes) / kLanes;
+    // An odd number of cache lines keeps the rows of a tile in different cache sets.
+    score_stride = 16 * (round_up(length, 16) / 16 | 1);
+    out_vectors = round_up(head_size, kLanes) / kLanes;
+    out_stride = out_vectors * kLanes;
+    depth_head = round_up(head_size, kPerWord) / kPerWord;
+    depth_length = round_up(length, kPerWord) / kPerWord;
+    row_words = round_up(depth_head, kLanes);
+    tile_length = round_up(length, kTileRows);
+  }
+};
+
+/// Hands out aligned pieces of the thread's scratch; with no memory it only counts.
+class Arena {
+ public:
+  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <typename T>
+  T* take(std::int64_t count) {
+    char* piece = memory_ + used_;
+    used_ += static_cast<std::size_t>(round_up(count * static_cast<std::int64_t>(sizeof(T)), 64));
+    return reinterpret_cast<T*>(piece);
+  }
+  std::size_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  std::size_t used_ = 0;
+};
+
+/// Dropout multipliers of 128 columns for one query; ones when dropout is off.
+class Multipliers {
+ public:
+  explicit Multipliers(const AttentionHead& head) : head_(head), enabled_(head.dropout.enabled()) {
+    for (std::int64_t i = 0; i < kDropoutBlock; ++i) values_[i] = 1.0f;
+  }
+  BITFALL_INLINE void compute(std::int64_t query, std::int64_t block) {
+    if (!enabled_) return;
+    const std::uint32_t position = (head_.head << 16) | static_cast<std::uint32_t>(query);
+    dropout_multipliers(head_.dropout, head_.sample_key, position, block, values_);
+  }
+  BITFALL_INLINE Floats at(std::int64_t column) const {
+    return load(values_ + column % kDropoutBlock);
+  }
+
+ private:
+  const AttentionHead& head_;
+  const bool enabled_;
+  alignas(64) float values_[kDropoutBlock];
+};
+
+/// Scores behind the last key become -infinity, so that their probabilities are 0.
+void mask_padding(float* scores, std::int64_t length, std::int64_t vectors) {
+  for (std::int64_t column = length; column < vectors * kLanes; ++column) {
+    scores[column] = -__builtin_inff();
+  }
+}
+
+template <typename T>
+void write_row(const float* source, float factor, std::int64_t count, T* destination) {
+  for_each_vector(count, [&](std::int64_t begin, std::int64_t lanes) {
+    store_lanes(destination + begin, load(source + begin) * factor, lanes);
+  });
+}
+
+template <typename T>
+Rows<T> rows_of(const void* first, std::int64_t stride, const AttentionHead& head) {
+  return {static_cast<const T*>(first), stride, head.length, head.head_size};
+}
+
+float score_scale(const AttentionHead& head) {
+  return 1.0f / __builtin_sqrtf(static_cast<float>(head.head_size));
+}
+
+// --- forward
+
+template <typename Format>
+struct ForwardBuffers {
+  typename Format::Word *keys, *values, *queries, *rows;
+  float *scores, *out;
+  std::size_t bytes;
+
+  ForwardBuffers(const Sizes<Format>& n, void* scratch) {
+    using Word = typename Format::Word;
+    Arena arena(scratch);
+    keys = arena.take<Word>(n.row_words * n.score_stride);
+    values = arena.take<Word>(n.depth_length * n.out_stride);
+    queries = arena.take<Word>(kBlockRows * n.row_words);
+    rows = arena.take<Word>(kLanes * n.row_words);
+    scores = arena.take<float>(kBlockRows * n.score_stride);
+    out = arena.take<float>(kBlockRows * n.out_stride);
+    bytes = arena.used();
+  }
+};
+
+struct RowSoftmax {
+  float log_sum_exp;
+  float inverse_sum;
+};
+
+/// scores [S] become exp(scale * (score - max)) times the dropout multipliers, in the words of the
+/// next product, in place.
+template <typename Format>
+RowSoftmax softmax_row(float* scores, std::int64_t vectors, float scale, std::int64_t query,
+                       Multipliers& multipliers) {
+  Floats largest = load(scores);
+  for (std::int64_t j = 1; j < vectors; ++j) largest = max(largest, load(scores + j * kLanes));
+  const float row_max = max_lane(largest);
+  const Floats factor = broadcast(scale * kLog2E), shift = broadcast(-row_max * scale * kLog2E);
+  Floats sums{};
+  for (std::int64_t column = 0; column < vectors * kLanes; column += kLanes) {
+    if (column % kDropoutBlock == 0) multipliers.compute(query, column / kDropoutBlock);
+    const Floats p = exp2(multiply_add(load(scores + column), factor, shift));
+    sums += p;
+    Format::store_along(reinterpret_cast<typename Format::Word*>(scores), column,
+                        p * multipliers.at(column));
+  }
+  const float total = sum(sums);
+  return {row_max * scale + __builtin_logf(total), 1.0f / total};
+}
+
+template <typename T>
+void forward_head(const AttentionHead& head, void* scratch) {
+  using Format = typename WordsOf<T>::type;
+  using Word = typename Format::Word;
+  const Sizes<Format> n(head.length, head.head_size);
+  const ForwardBuffers<Format> buffers(n, scratch);
+  const Rows<T> queries = rows_of<T>(head.q, head.qkv_stride, head);
+  pack_transposed<Format>(rows_of<T>(head.k, head.qkv_stride, head), n.row_words, n.score_stride,
+                          buffers.rows, buffers.keys);
+  pack_across<Format>(rows_of<T>(head.v, head.qkv_stride, head), 0, n.length, n.out_stride,
+                      buffers.values);
+  const float scale = score_scale(head);
+  Multipliers multipliers(head);
+  for (std::int64_t first = 0; first < n.length; first += kBlockRows) {
+    const std::int64_t rows = n.length - first < kBlockRows ? n.length - first : kBlockRows;
+    pack_along<Format>(queries, first, round_up(rows, kTileRows), n.row_words, buffers.queries);
+    multiply<Format>({buffers.queries, n.row_words, 1, buffers.keys, n.score_stride, buffers.scores,
+                      n.score_stride, rows, n.score_vectors, n.depth_head});
+    float inverse_sums[kBlockRows];
+    for (std::int64_t row = 0; row < rows; ++row) {
+      float* scores = buffers.scores + row * n.score_stride;
+      mask_padding(scores, n.length, n.score_vectors);
+      const RowSoftmax result =
+          softmax_row<Format>(scores, n.score_vectors, scale, first + row, multipliers);
+      head.log_sum_exp[(first + row) * head.lse_stride] = result.log_sum_exp;
+      inverse_sums[row] = result.inverse_sum;
+    }
+    multiply<Format>({reinterpret_cast<const Word*>(buffers.scores), n.score_stride, 1,
+                      buffers.values, n.out_stride, buffers.out, n.out_stride, rows, n.out_vectors,
+                      n.depth_length});
+    for (std::int64_t row = 0; row < rows; ++row) {
+      write_row(buffers.out + row * n.out_stride, inverse_sums[row], n.head_size,
+                static_cast<T*>(head.out) + (first + row) * head.out_stride);
+    }
+  }
+}
+
+// --- backward
+
+template <typename Format>
+struct BackwardBuffers {
+  typename Format::Word *keys_transposed, *values_transposed, *keys, *rows;
+  typename Format::Word *queries, *douts, *queries_across, *douts_across;
+  float *scores, *dprobabilities, *dq, *dk, *dv;
+  std::size_t bytes;
+
+  BackwardBuffers(const Sizes<Format>& n, void* scratch) {
+    using Word = typename Format::Word;
+    Arena arena(scratch);
+    keys_transposed = arena.take<Word>(n.row_words * n.score_stride);
+    values_transposed = arena.take<Word>(n.row_words * n.score_stride);
+    keys = arena.take<Word>(n.depth_length * n.out_stride);
+    rows = arena.take<Word>(kLanes * n.row_words);
+    queries = arena.take<Word>(kBlockRows * n.row_words);
+    douts = arena.take<Word>(kBlockRows * n.row_words);
+    queries_across = arena.take<Word>(kBlockRows * n.out_stride);
+    douts_across = arena.take<Word>(kBlockRows * n.out_stride);
+    scores = arena.take<float>(kBlockRows * n.score_stride);
+    dprobabilities = arena.take<float>(kBlockRows * n.score_stride);
+    dq = arena.take<float>(kBlockRows * n.out_stride);
+    dk = arena.take<float>(n.tile_length * n.out_stride);
+    dv = arena.take<float>(n.tile_length * n.out_stride);
+    bytes = arena.used();
+  }
+};
+
+template <typename T>
+struct Backward {
+  using Format = typename WordsOf<T>::type;
+  using Word = typename Format::Word;
+  static constexpr int kPerWord = Format::kPerWord;
+
+  const AttentionHead& head;
+  Sizes<Format> n;
+  BackwardBuffers<Format> buffers;
+  Rows<T> queries, keys, values, outs, douts;
+  Multipliers multipliers[2];
+
+  Backward(const AttentionHead& head, void* scratch)
+      : head(head),
+        n(head.length, head.head_size),
+        buffers(n, scratch),
+        queries(rows_of<T>(head.q, head.qkv_stride, head)),
+        keys(rows_of<T>(head.k, head.qkv_stride, head)),
+        values(rows_of<T>(head.v, head.qkv_stride, head)),
+        outs(rows_of<T>(head.out, head.out_stride, head)),
+        douts(rows_of<T>(head.dout, head.out_stride, head)),
+        multipliers{Multipliers(head), Multipliers(head)} {}
+
+  void run() {
+    pack_transposed<Format>(keys, n.row_words, n.score_stride, buffers.rows,
+                            buffers.keys_transposed);
+    pack_transposed<Format>(values, n.row_words, n.score_stride, buffers.rows,
+                            buffers.values_transposed);
+    pack_across<Format>(keys, 0, n.length, n.out_stride, buffers.keys);
+    for (std::int64_t first = 0; first < n.length; first += kBlockRows) {
+      const std::int64_t rows = n.length - first < kBlockRows ? n.length - first : kBlockRows;
+      scores_of(first, rows);
+      for (std::int64_t row = 0; row < rows; row += kPerWord) softmax_rows(first, row);
+      gradients_of(first, rows);
+    }
+    for (std::int64_t row = 0; row < n.length; ++row) {
+      write_row(buffers.dk + row * n.out_stride, score_scale(head), n.head_size,
+                static_cast<T*>(head.dk) + row * head.qkv_stride);
+      write_row(buffers.dv + row * n.out_stride, 1.0f, n.head_size,
+                static_cast<T*>(head.dv) + row * head.qkv_stride);
+    }
+  }
+
+  /// scores = q k^T and dprobabilities = dout v^T for a block of queries. Padding rows have
+  /// q = dout = 0 and so add nothing to any gradient.
+  void scores_of(std::int64_t first, std::int64_t rows) {
+    const std::int64_t tile_rows = round_up(rows, kTileRows);
+    pack_along<Format>(queries, first, tile_rows, n.row_words, buffers.queries);
+    pack_along<Format>(douts, first, tile_rows, n.row_words, buffers.douts);
+    pack_across<Format>(queries, first, rows, n.out_stride, buffers.queries_across);
+    pack_across<Format>(douts, first, rows, n.out_stride, buffers.douts_across);
+    multiply<Format>({buffers.queries, n.row_words, 1, buffers.keys_transposed, n.score_stride,
+                      buffers.scores, n.score_stride, rows, n.score_vectors, n.depth_head});
+    multiply<Format>({buffers.douts, n.row_words, 1, buffers.values_transposed, n.score_stride,
+                      buffers.dprobabilities, n.score_stride, rows, n.score_vectors, n.depth_head});
+  }
+
+  /// Inner product of dout and out of one query.
+  float delta(std::int64_t query) const {
+    Floats sums{};
+    for (std::int64_t column = 0; column < n.head_size; column += kLanes) {
+      sums = multiply_add(douts.at(query, column), outs.at(query, column), sums);
+    }
+    return sum(sums);
+  }
+
+  Word* probabilities_across() const { return reinterpret_cast<Word*>(buffers.scores); }
+  /// f32 words run along and across alike; of pairs, the second form takes the odd rows of scores.
+  Word* dscores_across() const {
+    return reinterpret_cast<Word*>(kPerWord == 1 ? buffers.dprobabilities
+                                                 : buffers.scores + n.score_stride);
+  }
+
+  /// kPerWord rows of scores and dprobabilities become, in place, probabilities p (with dropout)
+  /// and dscores = p (dropout(dp) - delta) as words for the next products.
+  void softmax_rows(std::int64_t first, std::int64_t row) {
+    const Floats factor = broadcast(score_scale(head) * kLog2E);
+    Floats shift[kPerWord], deltas[kPerWord];
+    for (int i = 0; i < kPerWord; ++i) {
+      mask_padding(buffers.scores + (row + i) * n.score_stride, n.length, n.score_vectors);
+      const std::int64_t query = first + row + i;
+      const bool padding = query >= n.length;
+      shift[i] = broadcast(padding ? 0.0f : -head.log_sum_exp[query * head.lse_stride] * kLog2E);
+      deltas[i] = broadcast(padding ? 0.0f : delta(query));
+    }
+    const std::int64_t offset = row * n.score_stride;
+    for (std::int64_t column = 0; column < n.score_vectors * kLanes; column += kLanes) {
+      Floats kept[kPerWord], dscores[kPerWord];
+      for (int i = 0; i < kPerWord; ++i) {
+        if (column % kDropoutBlock == 0) {
+          multipliers[i].compute(first + row + i, column / kDropoutBlock);
+        }
+        const std::int64_t element = offset + i * n.score_stride + column;
+        const Floats p = exp2(multiply_add(load(buffers.scores + element), factor, shift[i]));
+        const Floats multiplier = multipliers[i].at(column);
+        const Floats dp = load(buffers.dprobabilities + element) * multiplier - deltas[i];
+        kept[i] = p * multiplier;
+        dscores[i] = p * dp;
+      }
+      Format::store_across(probabilities_across() + offset + column, kept);
+      Format::store_across(dscores_across() + offset + column, dscores);
+      if constexpr (kPerWord > 1) {
+        for (int i = 0; i < kPerWord; ++i) {
+          Format::store_along(
+              reinterpret_cast<Word*>(buffers.dprobabilities) + offset + i * n.score_stride, column,
+              dscores[i]);
+        }
+      }
+    }
+  }
+
+  /// dq of the block = dscores k; dk += dscores^T q; dv += probabilities^T dout.
+  void gradients_of(std::int64_t first, std::int64_t rows) {
+    multiply<Format>({reinterpret_cast<const Word*>(buffers.dprobabilities), n.score_stride, 1,
+                      buffers.keys, n.out_stride, buffers.dq, n.out_stride, rows, n.out_vectors,
+                      n.depth_length});
+    for (std::int64_t row = 0; row < rows; ++row) {
+      write_row(buffers.dq + row * n.out_stride, score_scale(head), n.head_size,
+                static_cast<T*>(head.dq) + (first + row) * head.qkv_stride);
+    }
+    const std::int64_t depth_rows = round_up(rows, kPerWord) / kPerWord;
+    const Accumulate accumulate = first == 0 ? Accumulate::no : Accumulate::yes;
+    multiply<Format>({dscores_across(), 1, kPerWord * n.score_stride, buffers.queries_across,
+                      n.out_stride, buffers.dk, n.out_stride, n.length, n.out_vectors, depth_rows,
+                      accumulate});
+    multiply<Format>({probabilities_across(), 1, kPerWord * n.score_stride, buffers.douts_across,
+                      n.out_stride, buffers.dv, n.out_stride, n.length, n.out_vectors, depth_rows,
+                      accumulate});
+  }
+};
+
+// --- the table
+
+/// Calls function(TypeTag<T>{}); the caller has refused other dtypes.
+template <typename Function>
+std::size_t scratch_bytes(DType dtype, Function&& function) {
+  std::size_t bytes = 0;
+  dispatch(dtype, [&](auto tag) { bytes = function(tag); });
+  return bytes;
+}
+
+std::size_t forward_scratch_bytes(DType dtype, std::int64_t length, std::int64_t head_size) {
+  return scratch_bytes(dtype, [&](auto tag) {
+    using Format = typename WordsOf<typename decltype(tag)::type>::type;
+    return ForwardBuffers<Format>(Sizes<Format>(length, head_size), nullptr).bytes;
+  });
+}
+
+std::size_t backward_scratch_bytes(DType dtype, std::int64_t length, std::int64_t head_size) {
+  return scratch_bytes(dtype, [&](auto tag) {
+    using Format = typename WordsOf<typename decltype(tag)::type>::type;
+    return BackwardBuffers<Format>(Sizes<Format>(length, head_size), nullptr).bytes;
+  });
+}
+
+void forward(DType dtype, const AttentionHead& head, void* scratch) {
+  dispatch(dtype, [&](auto tag) { forward_head<typename decltype(tag)::type>(head, scratch); });
+}
+
+void backward(DType dtype, const AttentionHead& head, void* scratch) {
+  dispatch(dtype, [&](auto tag) { Backward<typename decltype(tag)::type>(head, scratch).run(); });
+}
+
+}  // namespace
+
+extern const AttentionKernels attention_kernels;
+const AttentionKernels attention_kernels{forward_scratch_bytes, backward_scratch_bytes, forward,
+                                         backward};
+
+}  // namespace bitfall::BITFALL_ISA
