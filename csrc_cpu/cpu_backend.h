@@ -13,6 +13,7 @@
 namespace bitfall {
 
 class MatmulCache;
+struct MatmulSpec;
 
 class CpuBackend final : public Backend {
  public:
@@ -97,6 +98,12 @@ class CpuBackend final : public Backend {
  private:
   /// Memory of at least `bytes` that the next call may overwrite; grows and is kept between steps.
   void* scratch(std::size_t bytes);
+  /// c (+)= a b (+ bias), by way of f32 copies where the CPU does not multiply the dtype itself.
+  /// `spec` need not name dtypes.
+  void product(MatmulSpec spec, const Tensor& a, const Tensor& b, const Tensor& bias,
+               const Tensor& c);
+  /// sums [N] f32 (+)= column sums of x [R, N], in an order that depends on R alone.
+  void column_sums(const Tensor& x, const Tensor& sums, Accumulate accumulate);
 
   const KernelTable& kernels_;
   std::unique_ptr<MatmulCache> matmul_;

@@ -102,7 +102,7 @@ BITFALL_INLINE void store_first(T* destination, Floats x, std::int64_t count) {
   for (std::int64_t lane = 0; lane < count; ++lane) destination[lane] = lanes[lane];
 }
 
-/// Lanes that `begin` and `count` (0 <= count < kLanes: a tail, otherwise a full vector) select.
+/// A full vector, or its first `count` lanes where count < kLanes; for use in for_each_vector.
 template <typename T>
 BITFALL_INLINE Floats load_lanes(const T* source, std::int64_t count) {
   return count >= kLanes ? load(source) : load_first(source, count);
@@ -115,6 +115,14 @@ BITFALL_INLINE void store_lanes(T* destination, Floats x, std::int64_t count) {
   } else {
     store_first(destination, x, count);
   }
+}
+
+/// x with zeros from lane `count` on.
+BITFALL_INLINE Floats first_lanes(Floats x, std::int64_t count) {
+  if (count >= kLanes) return x;
+  float lanes[kLanes];
+  store(lanes, x);
+  return load_first(lanes, count);
 }
 
 /// Calls `body(begin, count)` for each vector of [0, size): count is the constant kLanes, except in
@@ -297,6 +305,39 @@ BITFALL_INLINE void dropout_multipliers(const Dropout& dropout, std::uint32_t sa
     }
   }
 }
+
+/// Calls `body(begin, size)` for each dropout block of [0, columns).
+template <typename Body>
+BITFALL_INLINE void for_each_block(std::int64_t columns, Body&& body) {
+  std::int64_t begin = 0;
+  for (; begin + kDropoutBlock <= columns; begin += kDropoutBlock) body(begin, kDropoutBlock);
+  if (begin < columns) body(begin, columns - begin);
+}
+
+/// Dropout multipliers of one block at a time; all ones where dropout is off.
+class DropoutMask {
+ public:
+  BITFALL_INLINE explicit DropoutMask(const Dropout& dropout)
+      : dropout_(dropout), enabled_(dropout.enabled()) {
+    for (float& multiplier : multipliers_) multiplier = 1.0f;
+  }
+
+  /// [128] for the block that starts at column `begin`; row_key = {sample_key, position} is not
+  /// read where dropout is off. Valid until the next call.
+  BITFALL_INLINE const float* block(const std::int32_t* row_key, std::int64_t begin) {
+    if (enabled_) {
+      dropout_multipliers(dropout_, static_cast<std::uint32_t>(row_key[0]),
+                          static_cast<std::uint32_t>(row_key[1]), begin / kDropoutBlock,
+                          multipliers_);
+    }
+    return multipliers_;
+  }
+
+ private:
+  const Dropout dropout_;
+  const bool enabled_;
+  float multipliers_[kDropoutBlock];
+};
 
 }  // namespace
 }  // namespace bitfall::BITFALL_ISA

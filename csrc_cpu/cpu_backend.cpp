@@ -1,0 +1,58 @@
+#include "csrc_cpu/cpu_backend.h"
+
+#include <unistd.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "csrc_cpu/matmul_cache.h"
+
+namespace bitfall {
+namespace {
+
+constexpr std::size_t kAlignment = 64;
+
+std::size_t free_bytes() {
+  const long pages = sysconf(_SC_AVPHYS_PAGES);
+  return pages < 0
+             ? 0
+             : static_cast<std::size_t>(pages) * static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+}
+
+}  // namespace
+
+CpuBackend::CpuBackend() : CpuBackend(choose_isa()) {}
+
+CpuBackend::CpuBackend(CpuIsa isa)
+    : kernels_(kernel_table(isa)), matmul_(std::make_unique<MatmulCache>()) {}
+
+CpuBackend::~CpuBackend() = default;
+
+Buffer CpuBackend::allocate(std::size_t bytes) {
+  const std::size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  void* memory = rounded < bytes ? nullptr : std::aligned_alloc(kAlignment, rounded);
+  check<BackendError>(memory != nullptr || bytes == 0, "allocation of ", bytes,
+                      " bytes failed, about ", free_bytes(),
+                      " bytes are free: use a smaller micro-batch");
+  if (memory != nullptr) std::memset(memory, 0, rounded);
+  return {std::shared_ptr<void>(memory, [](void* owned) { std::free(owned); }), bytes, Device::cpu};
+}
+
+void CpuBackend::copy(const Tensor& source, const Tensor& destination) {
+  check<ShapeError>(source.numel() == destination.numel(), "copy: source has ", source.numel(),
+                    " elements, destination ", destination.numel());
+  check<UnsupportedError>(source.dtype == destination.dtype, "copy: source is ", name(source.dtype),
+                          ", destination ", name(destination.dtype), "; cast converts");
+  if (source.bytes() > 0) std::memmove(destination.data, source.data, source.bytes());
+}
+
+void CpuBackend::fill_zero(const Tensor& destination) {
+  if (destination.bytes() > 0) std::memset(destination.data, 0, destination.bytes());
+}
+
+void* CpuBackend::scratch(std::size_t bytes) {
+  if (scratch_.bytes() < bytes) scratch_ = allocate(bytes);
+  return scratch_.memory().get();
+}
+
+}  // namespace bitfall

@@ -1,0 +1,159 @@
+#include "csrc_cpu/kernels/elementwise.h"
+
+#include "csrc_cpu/kernels/vector.h"
+
+namespace bitfall::BITFALL_ISA {
+namespace {
+
+/// Value and derivative of an activation function.
+struct Activated {
+  Floats value, slope;
+};
+
+struct Gelu {
+  BITFALL_INLINE static Activated evaluate(Floats x) {
+    const Normal n = normal(x);
+    return {x * n.cdf, n.cdf + x * n.pdf};
+  }
+};
+
+struct GeluTanh {
+  BITFALL_INLINE static Activated evaluate(Floats x) {
+    constexpr float kSqrt2OverPi = 0.79788456f;
+    const Floats square = x * x;
+    const Floats t = tanh(kSqrt2OverPi * x * (1.0f + 0.044715f * square));
+    const Floats inner_slope = kSqrt2OverPi * (1.0f + 3.0f * 0.044715f * square);
+    const Floats half = 0.5f * (1.0f + t);
+    return {x * half, half + 0.5f * x * (1.0f - t * t) * inner_slope};
+  }
+};
+
+struct Relu {
+  BITFALL_INLINE static Activated evaluate(Floats x) {
+    // x is on the side that keeps a NaN.
+    return {x < 0.0f ? Floats{} : x, x > 0.0f ? broadcast(1.0f) : Floats{}};
+  }
+};
+
+struct Tanh {
+  BITFALL_INLINE static Activated evaluate(Floats x) {
+    const Floats t = tanh(x);
+    return {t, 1.0f - t * t};
+  }
+};
+
+/// Calls `function(Function{})` with the struct of `activation`.
+template <typename Function>
+BITFALL_INLINE void dispatch(Activation activation, Function&& function) {
+  switch (activation) {
+    case Activation::gelu:
+      return function(Gelu{});
+    case Activation::gelu_tanh:
+      return function(GeluTanh{});
+    case Activation::relu:
+      return function(Relu{});
+    case Activation::tanh:
+      return function(Tanh{});
+  }
+}
+
+void cast(DType from, const void* source, DType to, void* destination, std::int64_t numel) {
+  dispatch(from, [&](auto source_tag) {
+    dispatch(to, [&](auto destination_tag) {
+      const auto* in = static_cast<const typename decltype(source_tag)::type*>(source);
+      auto* out = static_cast<typename decltype(destination_tag)::type*>(destination);
+      for_each_vector(numel, [&](std::int64_t i, std::int64_t count) {
+        store_lanes(out + i, load_lanes(in + i, count), count);
+      });
+    });
+  });
+}
+
+void activation_forward(Activation activation, DType dtype, const void* pre_activation, void* y,
+                        std::int64_t numel) {
+  dispatch(activation, [&](auto function) {
+    dispatch(dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const auto* in = static_cast<const T*>(pre_activation);
+      auto* out = static_cast<T*>(y);
+      for_each_vector(numel, [&](std::int64_t i, std::int64_t count) {
+        store_lanes(out + i, function.evaluate(load_lanes(in + i, count)).value, count);
+      });
+    });
+  });
+}
+
+void activation_backward(Activation activation, DType dtype, const void* pre_activation,
+                         const void* dy, void* dpre, void* y, std::int64_t numel) {
+  dispatch(activation, [&](auto function) {
+    dispatch(dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const auto* in = static_cast<const T*>(pre_activation);
+      const auto* gradient = static_cast<const T*>(dy);
+      auto* out = static_cast<T*>(dpre);
+      auto* again = static_cast<T*>(y);
+      for_each_vector(numel, [&](std::int64_t i, std::int64_t count) {
+        const Activated activated = function.evaluate(load_lanes(in + i, count));
+        store_lanes(out + i, load_lanes(gradient + i, count) * activated.slope, count);
+        if (again != nullptr) store_lanes(again + i, activated.value, count);
+      });
+    });
+  });
+}
+
+void dropout(const Dropout& dropout, DType dtype, const std::int32_t* row_keys, std::int64_t rows,
+             std::int64_t columns, const void* x, void* y) {
+  dispatch(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    DropoutMask mask(dropout);
+    for (std::int64_t row = 0; row < rows; ++row) {
+      const T* in = static_cast<const T*>(x) + row * columns;
+      T* out = static_cast<T*>(y) + row * columns;
+      for_each_block(columns, [&](std::int64_t begin, std::int64_t size) {
+        const float* multipliers = mask.block(row_keys + 2 * row, begin);
+        for_each_vector(size, [&](std::int64_t i, std::int64_t count) {
+          const Floats kept = load_lanes(in + begin + i, count) * load(multipliers + i);
+          store_lanes(out + begin + i, kept, count);
+        });
+      });
+    }
+  });
+}
+
+void column_sums(DType dtype, const void* x, std::int64_t rows, std::int64_t columns, float* sums) {
+  dispatch(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const auto* in = static_cast<const T*>(x);
+    for (std::int64_t row = 0; row < rows; ++row) {
+      for_each_vector(columns, [&](std::int64_t i, std::int64_t count) {
+        const Floats sum = load_lanes(sums + i, count) + load_lanes(in + row * columns + i, count);
+        store_lanes(sums + i, sum, count);
+      });
+    }
+  });
+}
+
+void add_three(DType dtype, const void* a, const void* b, const void* c, void* y,
+               std::int64_t numel) {
+  dispatch(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    for_each_vector(numel, [&](std::int64_t i, std::int64_t count) {
+      const Floats sum = load_lanes(static_cast<const T*>(a) + i, count) +
+                         load_lanes(static_cast<const T*>(b) + i, count) +
+                         load_lanes(static_cast<const T*>(c) + i, count);
+      store_lanes(static_cast<T*>(y) + i, sum, count);
+    });
+  });
+}
+
+void accumulate(DType dtype, const void* x, float* destination, std::int64_t numel) {
+  column_sums(dtype, x, 1, numel, destination);
+}
+
+}  // namespace
+
+extern const ElementwiseKernels elementwise_kernels;
+const ElementwiseKernels elementwise_kernels{
+    cast, activation_forward, activation_backward, dropout, column_sums, add_three, accumulate};
+
+}  // namespace bitfall::BITFALL_ISA

@@ -1,0 +1,18 @@
+// Layer normalisation on a range of rows; see kernels.h for the rules.
+#pragma once
+
+#include <cstdint>
+
+#include "core/backend.h"
+
+namespace bitfall {
+
+/// Rows [begin, end) of the operations in core/backend.h, checked by the caller.
+struct LayerNormKernels {
+  void (*forward)(const LayerNormForward& args, std::int64_t begin, std::int64_t end);
+  /// Adds this range's share of dgamma and dbeta to the f32 rows `dgamma` and `dbeta` [H].
+  void (*backward)(const LayerNormBackward& args, std::int64_t begin, std::int64_t end,
+                   float* dgamma, float* dbeta);
+};
+
+}  // namespace bitfall
