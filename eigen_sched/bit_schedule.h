@@ -67,6 +67,15 @@ class BitSchedule {
   void restore(const BitScheduleState& state);
 
  private:
+  struct Clock {
+    std::int64_t ticks = 0;
+    bool started = false;
+  };
+
+  /// The clock of the next step that is not skipped.
+  Clock next_clock() const;
+  bool drops_at(const Clock& clock, std::size_t state) const;
+
   QuantizeConfig config_;
   std::vector<BitStateSpec> specs_;
   std::int64_t ticks_per_step_ = 1;

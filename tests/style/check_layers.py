@@ -11,14 +11,15 @@ from pathlib import Path
 # Folder -> folders whose headers it may include besides its own.
 ALLOWED: dict[str, set[str]] = {
     "core": set(),
-    "quantizer": {"core"},
-    "eigen_sched": {"core", "quantizer"},
+    "eigen_sched": {"core"},
+    "quantizer": {"core", "eigen_sched"},
     "csrc_cpu": {"core"},
     "engine": {"core", "quantizer", "eigen_sched", "csrc_cpu"},
     "python": {"core", "quantizer", "eigen_sched", "engine"},
 }
-# Arithmetic with one definition, shared by the kernels of every device.
-SHARED_HEADERS = {"quantizer/quant_math.h"}
+# Plain headers on core alone: arithmetic with one definition, shared by the kernels of every
+# device, and the config values that say how and when weights are quantized.
+SHARED_HEADERS = {"quantizer/quant_math.h", "quantizer/quantize_config.h"}
 # Header prefix -> the only places that may include it.
 THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "nlohmann/": ("engine/",),
