@@ -28,6 +28,7 @@ class Series:
     points: list[Point]
     color: str
     style: str = "line"
+    in_legend: bool = True
 
 
 @dataclass
@@ -92,6 +93,13 @@ def step_axis(last_step: int) -> Axis:
     return Axis(0, max(last_step, 1), ticks or [0])
 
 
+def doubling_axis(last_step: int) -> Axis:
+    """Steps 1 to last_step + 1 on a logarithmic scale, two or three ticks per power of ten."""
+    multiples = (1, 2, 5) if last_step <= 200 else (1, 3)
+    ticks = [float(m * 10**power) for power in range(10) for m in multiples]
+    return Axis(1, max(last_step, 1) + 1, [tick for tick in ticks if tick <= last_step], log=True)
+
+
 def thin(points: Sequence[Point]) -> list[Point]:
     """The points, or per bucket of neighbours the lowest and the highest: peaks survive."""
     if len(points) <= 2 * MAX_BUCKETS:
@@ -131,7 +139,7 @@ def line_chart(
     legend = "".join(
         f'<span class="key"><i style="background:{one.color}"></i>{escape(one.name)}</span>'
         for one in series
-        if one.name
+        if one.name and one.in_legend
     )
     return (
         f'<figure class="chart"><figcaption><b>{escape(title)}</b>{legend}</figcaption>'

@@ -71,6 +71,8 @@ th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--li
   white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
+.scroll th:first-child, .scroll td:first-child { position: sticky; left: 0;
+  background: var(--card); }
 td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 8em; }
 .matrix td { border: 2px solid var(--card); border-radius: 6px; text-align: center; }
 .matrix th { text-align: center; border: 0; }

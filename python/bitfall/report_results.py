@@ -27,7 +27,7 @@ def tiles(log: TrainingLog) -> str:
         weighted = sum(size["numel"] * size["bits"] for size in sizes.values())
         elements = sum(size["numel"] for size in sizes.values())
         shown.append(("bits per weight", number(round(weighted / max(elements, 1), 2))))
-        shown.append((f"of {megabytes(before)} in f32", megabytes(after)))
+        shown.append((f"size, {megabytes(before)} in f32", megabytes(after)))
     if log.steps:
         shown.append(("optimizer steps", f"{log.last_step:,}"))
     speeds = [speed for _, speed in log.series("tokens_per_second")]
@@ -74,7 +74,7 @@ def metric_section(log: TrainingLog) -> str:
 
 def _metric_text(value: Any) -> str:
     if isinstance(value, float) and math.isfinite(value):
-        return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
+        return f"{value:.4f}" if abs(value) < 2 else number(value)
     return "-" if value is None else str(value)
 
 

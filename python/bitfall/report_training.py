@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from bitfall.report_chart import (
     Axis,
     Point,
     Series,
+    doubling_axis,
     escape,
     line_chart,
     linear_axis,
@@ -26,23 +28,26 @@ if TYPE_CHECKING:
 
 # Fewer bits, warmer: readable on light and on dark ground.
 BIT_COLORS = {
-    15: "#d3e6ee",
-    14: "#bcdbe7",
-    13: "#a2cedf",
-    12: "#85bfd6",
-    11: "#65adcb",
-    10: "#4598bf",
-    9: "#2f80b0",
-    8: "#24669d",
-    7: "#334f97",
-    6: "#493f96",
-    5: "#633793",
-    4: "#7f318b",
-    3: "#9e2d7c",
-    2: "#c03362",
-    1: "#d94a38",
+    15: "#e3efd3",
+    14: "#cfe6c8",
+    13: "#b4dcc1",
+    12: "#93cfbb",
+    11: "#6bbfb9",
+    10: "#41a5b6",
+    9: "#2b83ac",
+    8: "#2b5f98",
+    7: "#3f4a92",
+    6: "#563d8f",
+    5: "#70358b",
+    4: "#8c2f82",
+    3: "#a92f73",
+    2: "#c53a5d",
+    1: "#d9503f",
 }
 NARROWEST_LABEL = 0.045  # share of the row below which a stretch shows no number
+LARGEST_LEGEND = 6  # blocks; of deeper models every second, third, ... is named
+METRIC_COLORS = ("var(--second)", "var(--third)", "var(--accent)")
+NOISY = ("grad_norm", "tokens_per_second")
 METRICS_NOT_DRAWN = ("loss", "runtime", "per_second", "samples", "epoch", "step")
 
 
@@ -60,10 +65,10 @@ def bits_section(log: TrainingLog) -> str:
     names = log.state_names()
     if not names:
         return ""
-    axis = Axis(0, log.last_step, step_axis(log.last_step).ticks)
+    axis = doubling_axis(log.last_step)
     rows = "".join(
         f'<span class="name" title="{escape(name)}">{escape(short_name(name))}</span>'
-        f'<div class="row">{_bit_row(log, name)}</div>'
+        f'<div class="row">{_bit_row(log, name, axis)}</div>'
         for name in names
     )
     used = sorted({bits for name in names for bits, _, _ in log.bit_runs(name)}, reverse=True)
@@ -76,8 +81,9 @@ def bits_section(log: TrainingLog) -> str:
     )
     return section(
         "Bits of every layer over time",
-        "Each row is one layer, from the first training step on the left to the last on the right. "
-        "A layer with a large eigenvalue is sensitive: it keeps its bits for longer. "
+        "Each row is one layer, from the first step to the last on a logarithmic scale, because "
+        "the periods between two widths double. A layer with a large eigenvalue is sensitive: it "
+        "keeps its bits for longer. "
         '"other" holds everything outside the layers, such as embeddings and the head.',
         heat_map + details("Step at which each width began", _begin_table(log, names, used)),
     )
@@ -91,16 +97,14 @@ def _bit_label(bits: int) -> str:
     return f"{bits} bits" if bits < 16 else f"{bits} bits (not quantized below 16)"
 
 
-def _bit_row(log: TrainingLog, name: str) -> str:
-    runs = log.bit_runs(name)
-    before = runs[0][1] - 1
-    cells = [f'<i style="flex:{before} 0 0"></i>'] if before > 0 else []
-    for bits, first, last in runs:
-        steps = last - first + 1
-        text = bits if steps >= NARROWEST_LABEL * log.last_step else ""
-        ink = "var(--ink)" if bits >= 16 else "#fff" if bits <= 10 else "#12202a"
+def _bit_row(log: TrainingLog, name: str, axis: Axis) -> str:
+    cells = []
+    for bits, first, last in log.bit_runs(name):
+        width = axis.share(last + 1) - axis.share(first)
+        text = bits if width >= NARROWEST_LABEL else ""
+        ink = "var(--ink)" if bits >= 16 else "#fff" if bits <= 9 else "#12202a"
         cells.append(
-            f'<i style="flex:{steps} 0 0;background:{_bit_color(bits)};color:{ink}" '
+            f'<i style="flex:{width:.4f} 0 0;background:{_bit_color(bits)};color:{ink}" '
             f'title="{escape(name)}: {bits} bits, steps {first} to {last}">{text}</i>'
         )
     return "".join(cells)
@@ -126,7 +130,7 @@ def eigenvalue_section(log: TrainingLog) -> str:
     colors = {name: _depth_color(i, len(blocks)) for i, name in enumerate(blocks)}
     relative = _block_series(log, blocks, colors, "normalized")
     absolute = _block_series(log, blocks, colors, "value")
-    x_axis = step_axis(log.last_step)
+    x_axis = doubling_axis(log.last_step)
     charts = []
     if relative:
         quarters = Axis(0, 1, [0, 0.25, 0.5, 0.75, 1])
@@ -139,7 +143,7 @@ def eigenvalue_section(log: TrainingLog) -> str:
     return section(
         "Eigenvalues",
         "The largest curvature of the loss along the weights of each layer, computed whenever a "
-        "layer was about to lose a bit.",
+        "layer was about to lose a bit. Steps on a logarithmic scale, as above.",
         f'<div class="pair">{"".join(charts)}</div>' if charts else "",
     )
 
@@ -151,17 +155,18 @@ def _block_series(
     for event in log.eigenvalues:
         for block in event["blocks"]:
             values[block["name"]].append((event["step"], block.get(key)))
+    stride = math.ceil(len(blocks) / LARGEST_LEGEND)
     series = [
-        Series(short_name(name), finite_points(values[name]), colors[name], "dots")
-        for name in blocks
+        Series(short_name(name), finite_points(values[name]), colors[name], "dots", i % stride == 0)
+        for i, name in enumerate(blocks)
     ]
     return [one for one in series if one.points]
 
 
 def _depth_color(index: int, count: int) -> str:
-    """From violet (first block) to yellow-green (last), of one lightness."""
-    hue = 285 - 210 * index / max(count - 1, 1)
-    return f"hsl({hue:.0f} 62% 52%)"
+    """From violet (first block) through blue and green to orange (last)."""
+    hue = 290 - 255 * index / max(count - 1, 1)
+    return f"hsl({hue:.0f} 55% 50%)"
 
 
 def _effort(log: TrainingLog) -> str:
@@ -186,7 +191,13 @@ def curve_section(log: TrainingLog) -> str:
         points = log.series(key)
         if len({y for _, y in points}) > 1:
             axis = linear_axis(0, max(y for _, y in points))
-            charts.append(line_chart(title, [Series("", points, color)], x_axis, axis))
+            series = [Series("", points, color)]
+            if key in NOISY:
+                series = [
+                    Series("each step", points, color, "faint"),
+                    Series("smoothed", smooth(points), color),
+                ]
+            charts.append(line_chart(title, series, x_axis, axis))
         elif points:
             constants.append(f"{title}: {number(points[0][1])} throughout.")
     note = f'<p class="note">{escape(" ".join(constants))}</p>' if constants else ""
@@ -219,7 +230,7 @@ def _metric_chart(log: TrainingLog, x_axis: Axis) -> list[str]:
     for index, name in enumerate(drawn):
         points = _metric_points(log, name)
         if len(points) > 1:
-            color = f"hsl({(25 + 75 * index) % 360} 62% 50%)"
+            color = METRIC_COLORS[index % len(METRIC_COLORS)]
             series.append(Series(name.removeprefix("eval_"), points, color, "dots"))
     return [line_chart("Metric on the evaluation data", series, x_axis)] if series else []
 
