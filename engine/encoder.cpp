@@ -1,0 +1,244 @@
+#include "engine/encoder.h"
+
+#include <algorithm>
+
+#include "core/error.h"
+
+namespace bitfall {
+namespace {
+
+constexpr std::size_t kEmbeddingParameters = 5;
+constexpr int kEmbeddingDropoutSite = 0;
+
+std::vector<ParameterSpec> embedding_parameters(const EncoderConfig& config) {
+  const std::int64_t hidden = config.hidden_size;
+  const std::string prefix = "bert.embeddings.";
+  return {{prefix + "word_embeddings.weight", {config.vocab_size, hidden}},
+          {prefix + "position_embeddings.weight", {config.max_position_embeddings, hidden}},
+          {prefix + "token_type_embeddings.weight", {config.type_vocab_size, hidden}},
+          {prefix + "LayerNorm.weight", {hidden}},
+          {prefix + "LayerNorm.bias", {hidden}}};
+}
+
+void check_bound(const char* what, std::span<const Tensor> tensors,
+                 const std::vector<ParameterSpec>& specs, DType dtype) {
+  check<ShapeError>(tensors.size() == specs.size(), "bind: ", tensors.size(), " ", what,
+                    " for a model of ", specs.size(), " parameters");
+  for (std::size_t i = 0; i < specs.size(); ++i) {
+    const Tensor& tensor = tensors[i];
+    check<ShapeError>(tensor && tensor.dtype == dtype && tensor.shape == specs[i].shape,
+                      "bind: ", what, " of ", specs[i].name, " are ", name(tensor.dtype), " ",
+                      tensor.shape.to_string(), ", expected ", name(dtype), " ",
+                      specs[i].shape.to_string());
+  }
+}
+
+}  // namespace
+
+Encoder::Encoder(Backend& backend, const EncoderConfig& config, const HeadConfig& head)
+    : backend_(backend),
+      config_(config),
+      head_(make_head(config, head)),
+      parameters_(embedding_parameters(config)),
+      workspace_(backend) {
+  const int count = static_cast<int>(config.num_hidden_layers);
+  const auto append = [this](const std::vector<ParameterSpec>& specs) {
+    parameters_.insert(parameters_.end(), specs.begin(), specs.end());
+  };
+  for (int index = 0; index < count; ++index) {
+    const OutputRows rows = index + 1 == count ? head_->rows() : OutputRows::all_tokens;
+    layers_.emplace_back(config, index, rows);
+    append(layers_.back().parameters());
+  }
+  append(head_->parameters());
+}
+
+void Encoder::bind(std::span<const Tensor> weights, std::span<const Tensor> gradients) {
+  const DType dtype = weights.empty() ? DType::f32 : weights[0].dtype;
+  check_bound("weights", weights, parameters_, dtype);
+  has_gradients_ = !gradients.empty();
+  if (has_gradients_) check_bound("gradients", gradients, parameters_, DType::f32);
+  // The next `count` tensors of both lists; no gradients give none.
+  std::size_t position = 0;
+  const auto bind_next = [&](std::size_t count, auto&& bind) {
+    bind(weights.subspan(position, count),
+         has_gradients_ ? gradients.subspan(position, count) : gradients);
+    position += count;
+  };
+  bind_next(kEmbeddingParameters, [this](const auto& w, const auto& g) {
+    embeddings_ = {{w[0], w[1], w[2]}, w[3], w[4]};
+    if (!g.empty()) embedding_gradients_ = {{g[0], g[1], g[2]}, g[3], g[4]};
+  });
+  for (EncoderLayer& layer : layers_) {
+    bind_next(layer.parameters().size(),
+              [&layer](const auto& w, const auto& g) { layer.bind(w, g); });
+  }
+  bind_next(head_->parameters().size(),
+            [this](const auto& w, const auto& g) { head_->bind(w, g); });
+  if (dtype != compute_dtype_) inputs_kept_ = 0;
+  compute_dtype_ = dtype;
+  bound_ = true;
+  backward_possible_ = false;
+}
+
+void Encoder::forward(const Batch& batch, const ForwardContext& context) {
+  start(batch, context);
+  embeddings_forward();
+  layers_forward(0);
+  backward_possible_ = context.mode != Mode::evaluate;
+  if (context.mode == Mode::differentiate) inputs_kept_ = num_layers();
+}
+
+void Encoder::start(const Batch& batch, const ForwardContext& context) {
+  check<ShapeError>(bound_, "the model has no weights yet: call bind first");
+  check_batch(batch, config_);
+  head_->check_labels(batch);
+  context_ = context;
+  backward_possible_ = false;
+  inputs_kept_ = 0;
+  workspace_.plan([&] {
+    device_batch_.plan(workspace_, batch);
+    plan_scratch();
+    plan_activations();
+    head_->plan(workspace_, compute_dtype_, device_batch_);
+  });
+  device_batch_.upload(backend_, batch);
+}
+
+void Encoder::plan_scratch() {
+  const std::int64_t tokens = device_batch_.num_tokens;
+  const std::int64_t hidden = config_.hidden_size;
+  const std::int64_t intermediate = config_.intermediate_size;
+  const auto take = [&](std::int64_t rows, std::int64_t columns) {
+    return workspace_.take(compute_dtype_, {rows, columns});
+  };
+  scratch_ = EncoderScratch();
+  scratch_.feed_forward = take(tokens, std::max(intermediate, hidden));
+  scratch_.rows = take(device_batch_.num_sequences, hidden);
+  if (context_.mode == Mode::evaluate) return;
+  scratch_.wide = take(tokens, std::max(intermediate, 3 * hidden));
+  scratch_.d_hidden = take(tokens, hidden);
+  scratch_.d_dense = take(tokens, hidden);
+  scratch_.d_gamma = workspace_.take(DType::f32, {hidden});
+  scratch_.d_beta = workspace_.take(DType::f32, {hidden});
+}
+
+void Encoder::plan_activations() {
+  const bool keep = context_.mode != Mode::evaluate;
+  const std::int64_t tokens = device_batch_.num_tokens;
+  const std::int64_t hidden = config_.hidden_size;
+  embedding_sum_ = workspace_.take(compute_dtype_, {tokens, hidden});
+  embedding_stats_ = workspace_.take(DType::f32, {tokens, 2});
+  hidden_.clear();
+  activations_.clear();
+  for (std::size_t index = 0; index < layers_.size(); ++index) {
+    const OutputRows rows = layers_[index].rows();
+    // Without keeping, two inputs alternate and layers of the same kind share the rest.
+    const bool share = !keep && index >= 2;
+    hidden_.push_back(share ? hidden_[index - 2]
+                            : workspace_.take(compute_dtype_, {tokens, hidden}));
+    const bool same_as_last = !keep && index >= 1 && rows == layers_[index - 1].rows();
+    activations_.push_back(
+        same_as_last
+            ? activations_[index - 1]
+            : LayerActivations::plan(workspace_, config_, compute_dtype_, device_batch_, rows));
+  }
+  const bool all_tokens = head_->rows() == OutputRows::all_tokens;
+  hidden_.push_back(
+      workspace_.take(compute_dtype_, {all_tokens ? tokens : device_batch_.num_sequences, hidden}));
+}
+
+void Encoder::embeddings_forward() {
+  backend_.embedding_forward(device_batch_.ids, embeddings_.tables, embedding_sum_);
+  LayerNormForward norm;
+  norm.x = norm.sum = embedding_sum_;
+  norm.gamma = embeddings_.gamma;
+  norm.beta = embeddings_.beta;
+  norm.row_keys = device_batch_.row_keys;
+  norm.output_dropout = pass().dropout(config_.hidden_dropout_prob, kEmbeddingDropoutSite);
+  norm.epsilon = config_.layer_norm_eps;
+  norm.mean_rstd = embedding_stats_;
+  norm.y = hidden_[0];
+  backend_.layer_norm_forward(norm);
+}
+
+void Encoder::layers_forward(int first_layer) {
+  for (std::size_t i = static_cast<std::size_t>(first_layer); i < layers_.size(); ++i) {
+    layers_[i].forward(pass(), activations_[i], hidden_[i], hidden_[i + 1]);
+  }
+  head_->forward(pass(), hidden_.back(), EncoderLayer::first_free_dropout_site(num_layers()));
+}
+
+void Encoder::backward(float scale, Accumulate accumulate, const BlockReady& on_block_ready) {
+  check<ShapeError>(backward_possible_,
+                    "backward needs the activations of a forward pass in Mode::train or "
+                    "Mode::differentiate right before it");
+  check<ShapeError>(has_gradients_, "backward needs gradients: none were given to bind");
+  const auto ready = [&on_block_ready](int block) {
+    if (on_block_ready) on_block_ready(block);
+  };
+  constexpr Differentiate kWhat = Differentiate::weights_and_input;
+  head_->backward(pass(), scale, kWhat, accumulate, d_output(layers_.back()));
+  for (int layer = num_layers() - 1; layer >= 0; --layer) {
+    layer_backward(layer, kWhat, accumulate);
+    ready(layer);
+  }
+  embeddings_backward(accumulate);
+  ready(kNoBlock);
+}
+
+void Encoder::layer_backward(int layer, Differentiate what, Accumulate accumulate) {
+  EncoderLayer& current = layers_[static_cast<std::size_t>(layer)];
+  current.backward(pass(), what, accumulate, d_output(current), scratch_.d_hidden);
+}
+
+const Tensor& Encoder::d_output(const EncoderLayer& layer) const {
+  return layer.rows() == OutputRows::all_tokens ? scratch_.d_hidden : scratch_.rows;
+}
+
+void Encoder::embeddings_backward(Accumulate accumulate) {
+  LayerNormBackward norm;
+  norm.dy = norm.dresidual = scratch_.d_hidden;
+  norm.sum = embedding_sum_;
+  norm.mean_rstd = embedding_stats_;
+  norm.gamma = embeddings_.gamma;
+  norm.row_keys = device_batch_.row_keys;
+  norm.output_dropout = pass().dropout(config_.hidden_dropout_prob, kEmbeddingDropoutSite);
+  norm.dgamma = embedding_gradients_.gamma;
+  norm.dbeta = embedding_gradients_.beta;
+  norm.accumulate = accumulate;
+  backend_.layer_norm_backward(norm);
+  const EmbeddingTables& tables = embedding_gradients_.tables;
+  if (accumulate == Accumulate::no) {
+    for (const Tensor& table : {tables.word, tables.position, tables.token_type}) {
+      backend_.fill_zero(table);
+    }
+  }
+  backend_.embedding_backward(device_batch_.ids, scratch_.d_hidden, tables);
+}
+
+void Encoder::block_gradient(const Batch& batch, int block, Recompute recompute) {
+  check<ShapeError>(block >= 0 && block < num_layers(), "block ", block,
+                    ": the model has blocks 0..", num_layers() - 1);
+  check<ShapeError>(has_gradients_, "block_gradient needs gradients: none were given to bind");
+  if (recompute == Recompute::everything) {
+    forward(batch, {Mode::differentiate, 0, 0});
+  } else {
+    check<ShapeError>(inputs_kept_ > 0 && batch.num_tokens() == device_batch_.num_tokens &&
+                          batch.num_sequences() == device_batch_.num_sequences,
+                      "Recompute::from_block needs a pass of the same batch with "
+                      "Recompute::everything before it");
+    // Inputs beyond the kept ones belong to weights that an earlier product had moved.
+    layers_forward(std::min(block, inputs_kept_ - 1));
+    inputs_kept_ = block + 1;
+  }
+  backward_possible_ = false;
+  head_->backward(pass(), 1.0f, Differentiate::input_only, Accumulate::no,
+                  d_output(layers_.back()));
+  for (int layer = num_layers() - 1; layer > block; --layer) {
+    layer_backward(layer, Differentiate::input_only, Accumulate::no);
+  }
+  layer_backward(block, Differentiate::weights_only, Accumulate::no);
+}
+
+}  // namespace bitfall

@@ -1,0 +1,84 @@
+// Encoder: BERT as a Model, for any size that a Hugging Face config.json describes.
+//
+// Packed sequences: no padding token is computed. Memory is planned per batch from one growing
+// workspace, so no step after the largest allocates. In Mode::evaluate all layers share buffers.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "core/model.h"
+#include "engine/encoder_batch.h"
+#include "engine/encoder_config.h"
+#include "engine/encoder_layer.h"
+#include "engine/encoder_pass.h"
+#include "engine/heads.h"
+#include "engine/workspace.h"
+
+namespace bitfall {
+
+class Encoder final : public Model {
+ public:
+  /// Throws ConfigError if the head cannot have so many labels.
+  Encoder(Backend& backend, const EncoderConfig& config, const HeadConfig& head);
+
+  const std::vector<ParameterSpec>& parameters() const override { return parameters_; }
+  /// `gradients` may be empty for a model that only evaluates. Throws ShapeError that names the
+  /// first tensor whose shape or dtype does not fit.
+  void bind(std::span<const Tensor> weights, std::span<const Tensor> gradients) override;
+  void forward(const Batch& batch, const ForwardContext& context) override;
+  Tensor loss() const override { return head_->loss(); }
+  Tensor logits() const override { return head_->logits(); }
+  /// Throws ShapeError unless the last pass was forward() with labels in a mode that keeps
+  /// activations, and bind() was given gradients.
+  void backward(float scale, Accumulate accumulate, const BlockReady& on_block_ready) override;
+  /// Throws ShapeError as forward() and backward() do, for a block that does not exist, and with
+  /// Recompute::from_block if no activations of such a batch are kept.
+  void block_gradient(const Batch& batch, int block, Recompute recompute) override;
+
+  const EncoderConfig& config() const { return config_; }
+  /// Device memory for activations and scratch of the largest batch so far.
+  std::size_t workspace_bytes() const { return workspace_.bytes(); }
+
+ private:
+  /// Tensors around the layers: three tables, then gamma and beta of their LayerNorm.
+  struct EmbeddingTensors {
+    EmbeddingTables tables;
+    Tensor gamma, beta;
+  };
+  int num_layers() const { return static_cast<int>(layers_.size()); }
+  EncoderPass pass() const { return {backend_, device_batch_, scratch_, context_}; }
+  /// Checks the batch, plans memory for it and copies it to the device.
+  void start(const Batch& batch, const ForwardContext& context);
+  void plan_scratch();
+  void plan_activations();
+  void embeddings_forward();
+  void embeddings_backward(Accumulate accumulate);
+  void layers_forward(int first_layer);
+  void layer_backward(int layer, Differentiate what, Accumulate accumulate);
+  /// Where the gradient of a layer's output lies.
+  const Tensor& d_output(const EncoderLayer& layer) const;
+
+  Backend& backend_;
+  EncoderConfig config_;
+  std::unique_ptr<Head> head_;
+  std::vector<EncoderLayer> layers_;
+  std::vector<ParameterSpec> parameters_;
+
+  DType compute_dtype_ = DType::f32;
+  bool bound_ = false, has_gradients_ = false;
+  EmbeddingTensors embeddings_, embedding_gradients_;
+
+  Workspace workspace_;
+  EncoderBatch device_batch_;
+  EncoderScratch scratch_;
+  ForwardContext context_;
+  Tensor embedding_sum_, embedding_stats_;     ///< [T, H], [T, 2] f32
+  std::vector<Tensor> hidden_;                 ///< L + 1: input of each layer, then the output
+  std::vector<LayerActivations> activations_;  ///< L
+  bool backward_possible_ = false;  ///< the last pass was forward() and kept its activations
+  int inputs_kept_ = 0;  ///< inputs of layers 0 .. inputs_kept_ - 1 are those without dropout
+};
+
+}  // namespace bitfall

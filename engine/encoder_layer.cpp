@@ -1,0 +1,269 @@
+#include "engine/encoder_layer.h"
+
+#include "core/error.h"
+
+namespace bitfall {
+namespace {
+
+constexpr int kDropoutsPerLayer = 3;
+
+/// Adjacent tensors [N0, ...], [N1, ...], ... as one [N0 + N1 + ..., ...].
+Tensor join(std::span<const Tensor> parts, const char* what) {
+  Tensor joined = parts[0];
+  for (const Tensor& part : parts.subspan(1)) {
+    check<ShapeError>(joined.as<std::byte>() + joined.bytes() == part.data, what,
+                      " of query, key and value must be adjacent in memory, as a ParameterStore "
+                      "places the parameters() of the model");
+    const std::int64_t rows = joined.shape[0] + part.shape[0];
+    joined.shape = part.shape.rank() == 2 ? Shape{rows, part.shape[1]} : Shape{rows};
+  }
+  return joined;
+}
+
+struct NormGradients {
+  Tensor gamma, beta;
+};
+
+/// dy, the gradient of a LayerNorm's output, becomes the gradient of its residual. Returns the
+/// gradient of its x: in scratch.d_dense or, without dropout, the same memory.
+Tensor norm_backward(const EncoderPass& pass, Differentiate what, Accumulate accumulate,
+                     LayerNormBackward norm, const Tensor& dy, const NormGradients& gradients) {
+  norm.dy = norm.dresidual = dy;
+  if (norm.input_dropout.enabled()) norm.dx = first_part(pass.scratch.d_dense, dy.shape);
+  const bool wanted = what != Differentiate::input_only;
+  norm.dgamma = wanted ? gradients.gamma : pass.scratch.d_gamma;
+  norm.dbeta = wanted ? gradients.beta : pass.scratch.d_beta;
+  norm.accumulate = wanted ? accumulate : Accumulate::no;
+  pass.backend.layer_norm_backward(norm);
+  return norm.dx ? norm.dx : dy;
+}
+
+}  // namespace
+
+LayerActivations LayerActivations::plan(Workspace& workspace, const EncoderConfig& config,
+                                        DType compute_dtype, const EncoderBatch& batch,
+                                        OutputRows rows) {
+  const std::int64_t hidden = config.hidden_size;
+  const std::int64_t tokens = batch.num_tokens;
+  const std::int64_t kept = rows == OutputRows::all_tokens ? tokens : batch.num_sequences;
+  LayerActivations planned;
+  planned.qkv = workspace.take(compute_dtype, {tokens, 3 * hidden});
+  planned.context = workspace.take(compute_dtype, {tokens, hidden});
+  planned.log_sum_exp = workspace.take(DType::f32, {tokens, config.num_attention_heads});
+  planned.context_rows = rows == OutputRows::all_tokens
+                             ? planned.context
+                             : workspace.take(compute_dtype, {kept, hidden});
+  planned.attention_sum = workspace.take(compute_dtype, {kept, hidden});
+  planned.attention_stats = workspace.take(DType::f32, {kept, 2});
+  planned.attention_output = workspace.take(compute_dtype, {kept, hidden});
+  planned.pre_activation = workspace.take(compute_dtype, {kept, config.intermediate_size});
+  planned.output_sum = workspace.take(compute_dtype, {kept, hidden});
+  planned.output_stats = workspace.take(DType::f32, {kept, 2});
+  return planned;
+}
+
+EncoderLayer::EncoderLayer(const EncoderConfig& config, int index, OutputRows rows)
+    : config_(config), index_(index), rows_(rows) {}
+
+std::vector<ParameterSpec> EncoderLayer::parameters() const {
+  const std::int64_t hidden = config_.hidden_size;
+  const std::int64_t intermediate = config_.intermediate_size;
+  std::vector<ParameterSpec> specs;
+  const auto add = [&](const char* name, const Shape& shape,
+                       Placement placement = Placement::aligned) {
+    specs.push_back({concat("bert.encoder.layer.", index_, ".", name), shape, index_, placement});
+  };
+  add("attention.self.query.weight", {hidden, hidden});
+  add("attention.self.key.weight", {hidden, hidden}, Placement::adjacent);
+  add("attention.self.value.weight", {hidden, hidden}, Placement::adjacent);
+  add("attention.self.query.bias", {hidden});
+  add("attention.self.key.bias", {hidden}, Placement::adjacent);
+  add("attention.self.value.bias", {hidden}, Placement::adjacent);
+  add("attention.output.dense.weight", {hidden, hidden});
+  add("attention.output.dense.bias", {hidden});
+  add("attention.output.LayerNorm.weight", {hidden});
+  add("attention.output.LayerNorm.bias", {hidden});
+  add("intermediate.dense.weight", {intermediate, hidden});
+  add("intermediate.dense.bias", {intermediate});
+  add("output.dense.weight", {hidden, intermediate});
+  add("output.dense.bias", {hidden});
+  add("output.LayerNorm.weight", {hidden});
+  add("output.LayerNorm.bias", {hidden});
+  return specs;
+}
+
+void EncoderLayer::bind(std::span<const Tensor> weights, std::span<const Tensor> gradients) {
+  weights_ = group(weights);
+  gradients_ = gradients.empty() ? Tensors() : group(gradients);
+}
+
+EncoderLayer::Tensors EncoderLayer::group(std::span<const Tensor> tensors) {
+  return {join(tensors.first(3), "weights"),
+          join(tensors.subspan(3, 3), "biases"),
+          tensors[6],
+          tensors[7],
+          tensors[8],
+          tensors[9],
+          tensors[10],
+          tensors[11],
+          tensors[12],
+          tensors[13],
+          tensors[14],
+          tensors[15]};
+}
+
+int EncoderLayer::first_free_dropout_site(int num_layers) {
+  return kDropoutsPerLayer * num_layers + 1;
+}
+
+Dropout EncoderLayer::attention_probs_dropout(const EncoderPass& pass) const {
+  return pass.dropout(config_.attention_probs_dropout_prob, kDropoutsPerLayer * index_ + 1);
+}
+
+Dropout EncoderLayer::attention_output_dropout(const EncoderPass& pass) const {
+  return pass.dropout(config_.hidden_dropout_prob, kDropoutsPerLayer * index_ + 2);
+}
+
+Dropout EncoderLayer::output_dropout(const EncoderPass& pass) const {
+  return pass.dropout(config_.hidden_dropout_prob, kDropoutsPerLayer * index_ + 3);
+}
+
+void EncoderLayer::forward(const EncoderPass& pass, const LayerActivations& activations,
+                           const Tensor& input, const Tensor& output) {
+  saved_ = activations;
+  input_ = input;
+  attention_forward(pass);
+  feed_forward_forward(pass, output);
+}
+
+void EncoderLayer::attention_forward(const EncoderPass& pass) {
+  Backend& backend = pass.backend;
+  const EncoderBatch& batch = pass.batch;
+  backend.linear_forward(input_, weights_.qkv_weight, weights_.qkv_bias, saved_.qkv);
+  backend.attention_forward(attention_shape(), saved_.qkv, batch.sequence_starts, batch.sample_keys,
+                            attention_probs_dropout(pass), saved_.context, saved_.log_sum_exp);
+  Tensor residual = input_;
+  if (rows_ == OutputRows::first_token) {
+    residual = pass.scratch.rows;
+    backend.gather_rows(input_, batch.first_tokens, residual);
+    backend.gather_rows(saved_.context, batch.first_tokens, saved_.context_rows);
+  }
+  backend.linear_forward(saved_.context_rows, weights_.attention_weight, weights_.attention_bias,
+                         saved_.attention_sum);
+  LayerNormForward norm;
+  norm.x = norm.sum = saved_.attention_sum;
+  norm.residual = residual;
+  norm.gamma = weights_.attention_gamma;
+  norm.beta = weights_.attention_beta;
+  norm.row_keys = pass.row_keys(rows_);
+  norm.input_dropout = attention_output_dropout(pass);
+  norm.epsilon = config_.layer_norm_eps;
+  norm.mean_rstd = saved_.attention_stats;
+  norm.y = saved_.attention_output;
+  backend.layer_norm_forward(norm);
+}
+
+void EncoderLayer::feed_forward_forward(const EncoderPass& pass, const Tensor& output) {
+  const Tensor activated = first_part(pass.scratch.feed_forward, saved_.pre_activation.shape);
+  pass.backend.linear_activation_forward(saved_.attention_output, weights_.intermediate_weight,
+                                         weights_.intermediate_bias, config_.hidden_act,
+                                         saved_.pre_activation, activated);
+  pass.backend.linear_forward(activated, weights_.output_weight, weights_.output_bias,
+                              saved_.output_sum);
+  LayerNormForward norm;
+  norm.x = norm.sum = saved_.output_sum;
+  norm.residual = saved_.attention_output;
+  norm.gamma = weights_.output_gamma;
+  norm.beta = weights_.output_beta;
+  norm.row_keys = pass.row_keys(rows_);
+  norm.input_dropout = output_dropout(pass);
+  norm.epsilon = config_.layer_norm_eps;
+  norm.mean_rstd = saved_.output_stats;
+  norm.y = output;
+  pass.backend.layer_norm_forward(norm);
+}
+
+void EncoderLayer::backward(const EncoderPass& pass, Differentiate what, Accumulate accumulate,
+                            const Tensor& d_output, const Tensor& d_input) {
+  feed_forward_backward(pass, what, accumulate, d_output);
+  Tensor d_context = first_part(pass.scratch.feed_forward, d_output.shape);
+  attention_output_backward(pass, what, accumulate, d_output, d_context);
+  if (rows_ == OutputRows::first_token) {
+    const Tensor d_context_rows = d_context;
+    d_context = pass.scratch.d_dense;
+    pass.backend.scatter_rows(d_context_rows, pass.batch.first_tokens, d_context);
+    pass.backend.scatter_rows(d_output, pass.batch.first_tokens, d_input);
+  }
+  attention_backward(pass, what, accumulate, d_context, d_input);
+}
+
+/// d_rows [R, H]: gradient of the layer's output in, of attention_output out.
+void EncoderLayer::feed_forward_backward(const EncoderPass& pass, Differentiate what,
+                                         Accumulate accumulate, const Tensor& d_rows) {
+  Backend& backend = pass.backend;
+  LayerNormBackward norm;
+  norm.sum = saved_.output_sum;
+  norm.mean_rstd = saved_.output_stats;
+  norm.gamma = weights_.output_gamma;
+  norm.row_keys = pass.row_keys(rows_);
+  norm.input_dropout = output_dropout(pass);
+  const Tensor d_dense = norm_backward(pass, what, accumulate, norm, d_rows,
+                                       {gradients_.output_gamma, gradients_.output_beta});
+  const Tensor d_activated = first_part(pass.scratch.wide, saved_.pre_activation.shape);
+  backend.linear_backward_input(d_dense, weights_.output_weight, d_activated, Accumulate::no);
+
+  const bool wanted = what != Differentiate::input_only;
+  const Tensor activated =
+      wanted ? first_part(pass.scratch.feed_forward, saved_.pre_activation.shape) : Tensor();
+  backend.activation_backward(config_.hidden_act, saved_.pre_activation, d_activated, d_activated,
+                              activated);
+  if (wanted) {
+    backend.linear_backward_weight(d_dense, activated, gradients_.output_weight,
+                                   gradients_.output_bias, accumulate);
+    backend.linear_backward_weight(d_activated, saved_.attention_output,
+                                   gradients_.intermediate_weight, gradients_.intermediate_bias,
+                                   accumulate);
+  }
+  backend.linear_backward_input(d_activated, weights_.intermediate_weight, d_rows, Accumulate::yes);
+}
+
+/// d_rows [R, H]: gradient of attention_output in, of the rows of the layer's input through the
+/// residual out. d_context_rows [R, H] out.
+void EncoderLayer::attention_output_backward(const EncoderPass& pass, Differentiate what,
+                                             Accumulate accumulate, const Tensor& d_rows,
+                                             const Tensor& d_context_rows) {
+  LayerNormBackward norm;
+  norm.sum = saved_.attention_sum;
+  norm.mean_rstd = saved_.attention_stats;
+  norm.gamma = weights_.attention_gamma;
+  norm.row_keys = pass.row_keys(rows_);
+  norm.input_dropout = attention_output_dropout(pass);
+  const Tensor d_dense = norm_backward(pass, what, accumulate, norm, d_rows,
+                                       {gradients_.attention_gamma, gradients_.attention_beta});
+  pass.backend.linear_backward_input(d_dense, weights_.attention_weight, d_context_rows,
+                                     Accumulate::no);
+  if (what != Differentiate::input_only) {
+    pass.backend.linear_backward_weight(d_dense, saved_.context_rows, gradients_.attention_weight,
+                                        gradients_.attention_bias, accumulate);
+  }
+}
+
+/// Adds the gradient through query, key and value to d_input [T, H].
+void EncoderLayer::attention_backward(const EncoderPass& pass, Differentiate what,
+                                      Accumulate accumulate, const Tensor& d_context,
+                                      const Tensor& d_input) {
+  Backend& backend = pass.backend;
+  const Tensor d_qkv = first_part(pass.scratch.wide, saved_.qkv.shape);
+  backend.attention_backward(attention_shape(), d_context, saved_.qkv, saved_.context,
+                             saved_.log_sum_exp, pass.batch.sequence_starts, pass.batch.sample_keys,
+                             attention_probs_dropout(pass), d_qkv);
+  if (what != Differentiate::input_only) {
+    backend.linear_backward_weight(d_qkv, input_, gradients_.qkv_weight, gradients_.qkv_bias,
+                                   accumulate);
+  }
+  if (what != Differentiate::weights_only) {
+    backend.linear_backward_input(d_qkv, weights_.qkv_weight, d_input, Accumulate::yes);
+  }
+}
+
+}  // namespace bitfall

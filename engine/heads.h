@@ -1,0 +1,61 @@
+// Heads: what stands on the encoder and gives the loss. Classification and regression read the
+// pooled first token of each sequence, spans (question answering) read every token.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "core/parameter_store.h"
+#include "engine/encoder_config.h"
+#include "engine/encoder_pass.h"
+#include "engine/workspace.h"
+
+namespace bitfall {
+
+enum class HeadType { classification, regression, span };
+
+/// Throws ConfigError that lists the names for anything but "classification", "regression" and
+/// "span".
+HeadType parse_head_type(std::string_view name);
+
+struct HeadConfig {
+  HeadType type = HeadType::classification;
+  std::int64_t num_labels = 2;  ///< 1 for regression, 2 (start and end) for spans
+};
+
+class Head {
+ public:
+  virtual ~Head() = default;
+
+  virtual OutputRows rows() const = 0;
+  /// In flat order.
+  virtual std::vector<ParameterSpec> parameters() const = 0;
+  /// Tensors parallel to parameters(); `gradients` may be empty if none will be computed.
+  virtual void bind(std::span<const Tensor> weights, std::span<const Tensor> gradients) = 0;
+  /// Throws ShapeError unless the labels of `batch`, if it has any, are of this head's kind, one
+  /// (for spans one pair) per sequence, and within range.
+  virtual void check_labels(const Batch& batch) const = 0;
+  /// Takes the memory of one pass over `batch`.
+  virtual void plan(Workspace& workspace, DType compute_dtype, const EncoderBatch& batch) = 0;
+  /// hidden [R, H] -> logits() and, if the batch has labels, loss(); `hidden` is read again by
+  /// backward(). `dropout_site` is the first number that no other dropout has.
+  virtual void forward(const EncoderPass& pass, const Tensor& hidden, int dropout_site) = 0;
+  /// d_hidden [R, H] = scale * d loss / d hidden, and the gradients of the head's weights unless
+  /// `what` is input_only. Throws ShapeError if the batch had no labels.
+  virtual void backward(const EncoderPass& pass, float scale, Differentiate what,
+                        Accumulate accumulate, const Tensor& d_hidden) = 0;
+
+  const Tensor& logits() const { return logits_; }  ///< [B, C] or, for spans, [T, 2]
+  const Tensor& loss() const { return loss_; }      ///< f32 [1], or empty without labels
+
+ protected:
+  Tensor logits_, loss_;
+};
+
+/// Throws ConfigError for a number of labels that the type cannot have.
+std::unique_ptr<Head> make_head(const EncoderConfig& config, const HeadConfig& head);
+
+}  // namespace bitfall
