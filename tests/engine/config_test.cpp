@@ -1,0 +1,441 @@
+#include "engine/config.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "core/error.h"
+
+namespace bitfall {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::Contains;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+
+// As printed in the MoQ tutorial, trailing comma and all.
+constexpr const char* kTutorial = R"({
+"optimizer": {
+"type": "AdamW",
+"params": {
+"lr": 2e-5,
+"weight_decay": 0.0,
+"bias_correction": true
+}
+},
+"gradient_clipping": 1.0,
+"fp16": {
+"initial_scale_power": 16,
+"enabled": true
+},
+"quantize_training": {
+"enabled": true,
+"quantize_verbose": true,
+"quantizer_kernel": true,
+"quantize-algo": {
+"q_type": "symmetric"
+},
+"quantize_bits": {
+"start_bits": 16,
+"target_bits": 8
+},
+"quantize_schedule": {
+"quantize_period": 400,
+"schedule_offset": 0
+},
+"quantize_groups": 8,
+}
+})";
+
+FlagValue typed(std::string flag, std::string json) {
+  return {std::move(flag), std::move(json), true};
+}
+FlagValue by_default(std::string flag, std::string json) {
+  return {std::move(flag), std::move(json), false};
+}
+
+CompletedConfig parse(const std::string& text, const FlagValues& flags = {}) {
+  return parse_config(text, "test.json", flags);
+}
+
+std::string error_of(const std::string& text, const FlagValues& flags = {}) {
+  try {
+    parse(text, flags);
+  } catch (const ConfigError& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+/// The error of a file {"quantize_training": {"enabled": true, <inner>}}.
+std::string quantize_error(const std::string& inner) {
+  return error_of(R"({"quantize_training": {"enabled": true, )" + inner + "}}");
+}
+
+TEST(Config, TutorialFileWithTheTutorialCommand) {
+  const FlagValues flags = {
+      {"train_micro_batch_size_per_gpu", typed("--per_device_train_batch_size", "32")},
+      {"optimizer.params.lr", typed("--learning_rate", "2e-05")},
+      {"gradient_clipping", by_default("--max_grad_norm", "1.0")},
+      {"fp16.enabled", typed("--fp16", "true")},
+      {"seed", by_default("--seed", "42")},
+      {"bitfall.warmup_steps", typed("--warmup_steps", "2")},
+      {"bitfall.num_training_steps", by_default("--num_train_epochs", "345")},
+      {"bitfall.lr_scheduler_type", by_default("--lr_scheduler_type", "\"linear\"")},
+  };
+  const CompletedConfig completed = parse(kTutorial, flags);
+  const Config& config = completed.config;
+  EXPECT_EQ(config.train_batch_size, 32);
+  EXPECT_EQ(config.gradient_accumulation_steps, 1);
+  EXPECT_EQ(config.optimizer.lr, 2e-5);
+  EXPECT_EQ(config.gradient_clipping, 1.0);
+  EXPECT_EQ(config.compute_dtype, DType::f16);
+  EXPECT_TRUE(config.loss_scale.dynamic);
+  EXPECT_EQ(config.loss_scale.initial_scale, 65536);
+  EXPECT_EQ(config.scheduler.type, "linear");
+  EXPECT_EQ(config.scheduler.params.at("num_warmup_steps"), 2);
+  EXPECT_EQ(config.scheduler.params.at("num_training_steps"), 345);
+  ASSERT_EQ(config.quantize.groups.size(), 1u);
+  EXPECT_TRUE(config.quantize.enabled);
+  EXPECT_TRUE(config.quantize.verbose);
+  EXPECT_EQ(config.quantize.groups[0].start_bits, 16);
+  EXPECT_EQ(config.quantize.groups[0].target_bits, 8);
+  EXPECT_EQ(config.quantize.groups[0].quantize_period, 400);
+  EXPECT_EQ(config.quantize.schedule_offset, 0);
+  EXPECT_EQ(config.quantize.quantize_groups, 8);
+  EXPECT_EQ(config.quantize.clock, ScheduleClock::step);
+  EXPECT_EQ(completed.origins.at("optimizer.params.lr"), "file");
+  EXPECT_EQ(completed.origins.at("train_micro_batch_size_per_gpu"),
+            "flag --per_device_train_batch_size");
+  EXPECT_EQ(completed.origins.at("train_batch_size"), "computed");
+  EXPECT_EQ(completed.origins.at("optimizer.params.eps"), "default");
+  EXPECT_THAT(completed.warnings,
+              Contains(AllOf(HasSubstr("quantize-algo"), HasSubstr("quantize_algo"))));
+}
+
+TEST(Config, CompletedFileMeansTheSameAgain) {
+  const CompletedConfig once =
+      parse(kTutorial, {{"bitfall.num_training_steps", by_default("--num_train_epochs", "345")}});
+  const CompletedConfig twice = parse(once.json);
+  EXPECT_EQ(once.json, twice.json);
+  EXPECT_EQ(twice.config.scheduler.params.at("num_training_steps"), 345);
+}
+
+TEST(Config, DefaultsOfTheTutorialText) {
+  const QuantizeConfig quantize =
+      parse(R"({"quantize_training": {"enabled": true}})").config.quantize;
+  EXPECT_EQ(quantize.groups[0].start_bits, 16);
+  EXPECT_EQ(quantize.groups[0].target_bits, 16);
+  EXPECT_EQ(quantize.groups[0].quantize_period, 100);
+  EXPECT_EQ(quantize.schedule_offset, 100);
+  EXPECT_EQ(quantize.quantize_groups, 1);
+  EXPECT_EQ(quantize.change_ratio, 0.001);
+  EXPECT_THAT(parse(R"({"quantize_training": {"enabled": true}})").warnings,
+              Contains(HasSubstr("no weight is ever quantized")));
+  EXPECT_THAT(parse(R"({"quantize_training": {"quantize_bits": {"target_bits": 8}}})").warnings,
+              Contains(HasSubstr("quantization is off")));
+}
+
+TEST(Config, EigenvalueNestedOrAtTheTop) {
+  const std::string bits = R"("quantize_bits": {"start_bits": 12, "target_bits": 8})";
+  const std::string eigenvalue =
+      R"("eigenvalue": {"enabled": true, "max_iter": 50, "stability": 0, "layer_num": 12})";
+  for (const std::string& text :
+       {R"({"quantize_training": {"enabled": true, )" + bits + ", " + eigenvalue + "}}",
+        R"({"quantize_training": {"enabled": true, )" + bits + "}, " + eigenvalue + "}"}) {
+    const EigenvalueConfig parsed = parse(text).config.eigenvalue;
+    EXPECT_TRUE(parsed.enabled) << text;
+    EXPECT_EQ(parsed.max_iter, 50);
+    EXPECT_EQ(parsed.tol, 1e-2);
+    EXPECT_EQ(parsed.stability, 0);
+    EXPECT_EQ(parsed.layer_name, "bert.encoder.layer");
+    EXPECT_EQ(parsed.layer_num, 12);
+  }
+  EXPECT_THAT(error_of(R"({"quantize_training": {"enabled": true, )" + eigenvalue + "}, " +
+                       eigenvalue + "}"),
+              HasSubstr("keep one of the two"));
+  const CompletedConfig off = parse("{" + eigenvalue + "}");
+  EXPECT_FALSE(off.config.eigenvalue.enabled);
+  EXPECT_THAT(off.warnings, Contains(HasSubstr("quantization is not enabled")));
+}
+
+TEST(Config, CompressionTrainingThroughTheKeyMap) {
+  const CompletedConfig completed = parse(R"({"compression_training": {
+    "weight_quantization": {
+      "shared_parameters": {
+        "enabled": true, "schedule_offset": 5, "quantize_groups": 4, "quantize_verbose": true,
+        "quantization_type": "asymmetric", "rounding": "stochastic",
+        "quantize_weight_in_forward": false,
+        "fp16_mixed_quantize": {"enabled": true, "quantize_change_ratio": 0.01}},
+      "different_groups": {
+        "wq1": {"params": {"start_bits": 12, "target_bits": 8, "quantization_period": 50},
+                "modules": ["attention.self", "intermediate"], "related_modules": null},
+        "wq2": {"params": {"start_bits": 8, "target_bits": 4, "quantization_period": 10},
+                "modules": ["*"]}}},
+    "activation_quantization": {"shared_parameters": {"enabled": false}, "different_groups": {}},
+    "layer_reduction": {"enabled": false}}})");
+  const QuantizeConfig& quantize = completed.config.quantize;
+  EXPECT_TRUE(quantize.enabled);
+  EXPECT_EQ(quantize.schedule_offset, 5);
+  EXPECT_EQ(quantize.quantize_groups, 4);
+  EXPECT_EQ(quantize.q_type, QuantType::asymmetric);
+  EXPECT_EQ(quantize.rounding, Rounding::stochastic);
+  EXPECT_TRUE(quantize.mixed_enabled);
+  EXPECT_EQ(quantize.change_ratio, 0.01);
+  ASSERT_EQ(quantize.groups.size(), 2u);
+  EXPECT_EQ(quantize.groups[0].name, "wq1");
+  EXPECT_EQ(quantize.groups[0].quantize_period, 50);
+  EXPECT_THAT(quantize.groups[0].modules, ElementsAre("attention.self", "intermediate"));
+  EXPECT_EQ(quantize.groups[1].target_bits, 4);
+  EXPECT_THAT(quantize.groups[1].modules, IsEmpty());
+}
+
+TEST(Config, CompressionTrainingRefusals) {
+  const auto weights = [](const std::string& shared, const std::string& groups) {
+    return R"({"compression_training": {"weight_quantization": {"shared_parameters": {)" + shared +
+           R"(}, "different_groups": {)" + groups + "}}}}";
+  };
+  const std::string group = R"("a": {"params": {"start_bits": 8, "target_bits": 4}})";
+  EXPECT_THAT(error_of(weights(R"("enabled": true, "quantize_weight_in_forward": true)", group)),
+              HasSubstr("not supported"));
+  EXPECT_THAT(error_of(weights(R"("enabled": true)", "")), HasSubstr("different_groups"));
+  EXPECT_THAT(error_of(weights(R"("enabled": true)", R"("a": {"params": {"start_bits": 8}})")),
+              HasSubstr("different_groups.a.params.target_bits: missing"));
+  EXPECT_THAT(error_of(weights(R"("enabled": true)",
+                               R"("a": {"params": {"start_bits": 8, "target_bits": 4},
+                                  "modules": ["(query"]})")),
+              HasSubstr("a regular expression"));
+  EXPECT_THAT(error_of(R"({"compression_training": {"activation_quantization":
+                           {"shared_parameters": {"enabled": true}}}})"),
+              HasSubstr("not supported"));
+  EXPECT_THAT(error_of(R"({"compression_training": {"layer_reduction": {"enabled": true}}})"),
+              HasSubstr("not supported"));
+  EXPECT_THAT(error_of(R"({"compression_training": {"weight_quantisation": {}}})"),
+              HasSubstr("unknown key"));
+}
+
+TEST(Config, QuantizeRefusals) {
+  EXPECT_THAT(quantize_error(R"("quantize_bits": {"target_bits": 0})"),
+              HasSubstr("quantize_bits.target_bits = 0: expected an integer from 1 to 16"));
+  EXPECT_THAT(quantize_error(R"("quantize_bits": {"target_bits": -1})"), HasSubstr("from 1 to 16"));
+  EXPECT_THAT(quantize_error(R"("quantize_bits": {"start_bits": 17})"), HasSubstr("from 1 to 16"));
+  EXPECT_THAT(quantize_error(R"("quantize_bits": {"start_bits": 4, "target_bits": 8})"),
+              HasSubstr("at most start_bits (4)"));
+  EXPECT_THAT(quantize_error(R"("quantize_bits": {"target_bits": 7.5})"), HasSubstr("an integer"));
+  EXPECT_THAT(quantize_error(R"("quantize_bits": {"target_bits": "auto"})"),
+              HasSubstr("no command-line flag fills this key"));
+  EXPECT_THAT(quantize_error(R"("quantize_schedule": {"quantize_period": 0})"),
+              HasSubstr("at least 1"));
+  EXPECT_THAT(quantize_error(R"("quantize_schedule": {"schedule_offset": -1})"),
+              HasSubstr("at least 0"));
+  EXPECT_THAT(quantize_error(R"("quantize_schedule": {"clock": "deepspeed"})"),
+              HasSubstr("did you mean \"deepspeed-0.6\""));
+  EXPECT_THAT(quantize_error(R"("quantize_groups": 0)"), HasSubstr("at least 1"));
+  EXPECT_THAT(quantize_error(R"("fp16_mixed_quantize": {"quantize_change_ratio": 0})"),
+              HasSubstr("above 0 to 1"));
+  EXPECT_THAT(quantize_error(R"("fp16_mixed_quantize": {"quantize_change_ratio": 1.5})"),
+              HasSubstr("above 0 to 1"));
+  EXPECT_THAT(quantize_error(R"("quantize_algo": {"q_type": "symetric"})"),
+              HasSubstr("did you mean \"symmetric\""));
+  EXPECT_THAT(
+      quantize_error(R"("quantize_type": "asymmetric", "quantize_algo": {"q_type": "symmetric"})"),
+      HasSubstr("the same as quantize_algo.q_type"));
+  EXPECT_THAT(
+      quantize_error(
+          R"("quantize_bits": {"target_bits": 2}, "quantize_algo": {"rounding": "stochastic"})"),
+      HasSubstr("ternary"));
+  EXPECT_THAT(
+      quantize_error(R"("quantize_bits": {"target_bits": 1}, "quantize_type": "asymmetric")"),
+      HasSubstr("binary"));
+  EXPECT_THAT(quantize_error(R"("quantize_perod": 4)"), HasSubstr("unknown key"));
+  EXPECT_EQ(quantize_error(R"("quantize_bits": {"target_bits": 2})"), "no error");
+}
+
+TEST(Config, BatchTriangle) {
+  const FlagValues two_ranks = {
+      {"bitfall.world_size", typed("--world_size", "2")},
+      {"train_micro_batch_size_per_gpu", by_default("--per_device_train_batch_size", "8")}};
+  const auto sizes = [](const Config& config) {
+    return std::array{config.train_batch_size, config.train_micro_batch_size_per_gpu,
+                      config.gradient_accumulation_steps};
+  };
+  using Sizes = std::array<std::int64_t, 3>;
+  EXPECT_EQ(sizes(parse("{}", two_ranks).config), (Sizes{16, 8, 1}));
+  EXPECT_EQ(sizes(parse(R"({"train_batch_size": 32})", two_ranks).config), (Sizes{32, 16, 1}));
+  EXPECT_EQ(
+      sizes(parse(R"({"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4})", two_ranks)
+                .config),
+      (Sizes{32, 4, 4}));
+  EXPECT_EQ(
+      sizes(
+          parse(R"({"train_batch_size": 32, "gradient_accumulation_steps": 2})", two_ranks).config),
+      (Sizes{32, 8, 2}));
+  EXPECT_EQ(sizes(parse(R"({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",
+                           "gradient_accumulation_steps": 3})",
+                        two_ranks)
+                      .config),
+            (Sizes{48, 8, 3}));
+  EXPECT_EQ(sizes(parse("{}").config), (Sizes{8, 8, 1}));
+  EXPECT_THAT(error_of(R"({"train_batch_size": 33})", two_ranks), HasSubstr("a multiple of"));
+  EXPECT_THAT(error_of(R"({"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4,
+                           "gradient_accumulation_steps": 2})",
+                       two_ranks),
+              HasSubstr("16 = train_micro_batch_size_per_gpu (4) x"));
+  EXPECT_THAT(error_of(R"({"train_batch_size": 0})"), HasSubstr("at least"));
+  EXPECT_THAT(error_of(R"({"train_batch_size": 99999999999999999999})"), HasSubstr("an integer"));
+}
+
+TEST(Config, GivenFlagsMustAgreeAndDefaultsOnlyFill) {
+  const std::string file = R"({"optimizer": {"type": "AdamW", "params": {"lr": 2e-5}}})";
+  EXPECT_THAT(
+      error_of(file, {{"optimizer.params.lr", typed("--learning_rate", "3e-05")}}),
+      AllOf(HasSubstr("optimizer.params.lr = 2e-05"), HasSubstr("--learning_rate is 3e-05")));
+  EXPECT_EQ(parse(file, {{"optimizer.params.lr", by_default("--learning_rate", "5e-05")}})
+                .config.optimizer.lr,
+            2e-5);
+  // A key that the file's section leaves out keeps DeepSpeed's default unless the flag was typed.
+  const std::string decay = "optimizer.params.weight_decay";
+  EXPECT_EQ(
+      parse(file, {{decay, by_default("--weight_decay", "0.1")}}).config.optimizer.weight_decay,
+      0.0);
+  EXPECT_EQ(parse(file, {{decay, typed("--weight_decay", "0.1")}}).config.optimizer.weight_decay,
+            0.1);
+  // Without the section, Hugging Face builds the optimizer from the flags.
+  EXPECT_EQ(
+      parse("{}", {{decay, by_default("--weight_decay", "0.1")}}).config.optimizer.weight_decay,
+      0.1);
+  const std::string automatic =
+      R"({"optimizer": {"type": "Adam", "params": {"lr": "auto", "betas": "auto"}}})";
+  const CompletedConfig filled =
+      parse(automatic, {{"optimizer.params.lr", by_default("--learning_rate", "5e-05")},
+                        {"optimizer.params.betas", by_default("--adam_beta1", "[0.8, 0.99]")}});
+  EXPECT_EQ(filled.config.optimizer.lr, 5e-5);
+  EXPECT_THAT(filled.config.optimizer.betas, ElementsAre(0.8, 0.99));
+  EXPECT_EQ(filled.origins.at("optimizer.params.lr"), "flag --learning_rate");
+  EXPECT_THAT(error_of(automatic), HasSubstr("no command-line flag fills this key"));
+  // As in DeepSpeed, a file without gradient_clipping does not clip; without a file the flag does.
+  const FlagValues clipping = {{"gradient_clipping", by_default("--max_grad_norm", "1.0")}};
+  EXPECT_EQ(parse("{}", clipping).config.gradient_clipping, 0.0);
+  EXPECT_EQ(parse("", clipping).config.gradient_clipping, 1.0);
+}
+
+TEST(Config, Precision) {
+  EXPECT_EQ(parse("{}").config.compute_dtype, DType::f32);
+  EXPECT_EQ(parse(R"({"bf16": {"enabled": true}})").config.compute_dtype, DType::bf16);
+  EXPECT_EQ(parse("{}", {{"bf16.enabled", typed("--bf16", "true")}}).config.compute_dtype,
+            DType::bf16);
+  EXPECT_THAT(error_of(R"({"fp16": {"enabled": true}, "bf16": {"enabled": true}})"),
+              HasSubstr("choose one"));
+  EXPECT_THAT(
+      error_of(R"({"fp16": {"enabled": true}})", {{"bf16.enabled", typed("--bf16", "true")}}),
+      HasSubstr("choose one"));
+  const LossScaleConfig fixed =
+      parse(R"({"fp16": {"enabled": true, "loss_scale": 128}})").config.loss_scale;
+  EXPECT_FALSE(fixed.dynamic);
+  EXPECT_EQ(fixed.initial_scale, 128);
+  EXPECT_EQ(parse(R"({"bf16": {"enabled": true}})").config.loss_scale.initial_scale, 1.0);
+  EXPECT_THAT(error_of(R"({"fp16": {"enabled": true, "hysteresis": 0}})"), HasSubstr("hysteresis"));
+  EXPECT_THAT(error_of(R"({"fp16": {"enabled": 1}})"), HasSubstr("true or false"));
+}
+
+TEST(Config, OptimizerRefusals) {
+  const auto params = [](const std::string& inner) {
+    return error_of(R"({"optimizer": {"type": "AdamW", "params": {)" + inner + "}}}");
+  };
+  EXPECT_THAT(params(R"("lr": -1)"), HasSubstr("at least 0"));
+  EXPECT_THAT(params(R"("lr": "fast")"), HasSubstr("a number"));
+  EXPECT_THAT(params(R"("betas": [0.9, 1.0])"), HasSubstr("two numbers"));
+  EXPECT_THAT(params(R"("betas": 0.9)"), HasSubstr("two numbers"));
+  EXPECT_THAT(params(R"("adam_w_mode": false)"), HasSubstr("type \"Adam\""));
+  EXPECT_THAT(params(R"("max_grad_norm": 1.0)"), HasSubstr("gradient_clipping"));
+  EXPECT_THAT(params(R"("amsgrad": true)"), HasSubstr("not supported"));
+  EXPECT_THAT(params(R"("weight_decya": 0.1)"),
+              HasSubstr("did you mean \"optimizer.params.weight_decay\""));
+  EXPECT_THAT(error_of(R"({"optimizer": {"type": "Lamb"}})"), HasSubstr("\"Adam\" or \"AdamW\""));
+  EXPECT_THAT(error_of(R"({"optimizer": []})"), HasSubstr("expected an object"));
+}
+
+TEST(Config, Schedulers) {
+  const SchedulerConfig warmup =
+      parse(R"({"scheduler": {"type": "WarmupDecayLR", "params":
+      {"total_num_steps": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}}})",
+            {{"optimizer.params.lr", by_default("--learning_rate", "5e-05")},
+             {"bitfall.warmup_steps", by_default("--warmup_steps", "10")},
+             {"bitfall.num_training_steps", by_default("--num_train_epochs", "345")}})
+          .config.scheduler;
+  EXPECT_EQ(warmup.params.at("total_num_steps"), 345);
+  EXPECT_EQ(warmup.params.at("warmup_max_lr"), 5e-5);
+  EXPECT_EQ(warmup.params.at("warmup_num_steps"), 10);
+  EXPECT_EQ(warmup.warmup_type, "log");
+  EXPECT_THAT(parse(R"({"scheduler": {"type": "WarmupLR"}})").warnings,
+              Contains(HasSubstr("DeepSpeed's default 0.001")));
+  const auto one_cycle = [](const std::string& inner) {
+    return error_of(R"({"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 1e-5)" +
+                    inner + "}}}");
+  };
+  EXPECT_THAT(one_cycle(""), HasSubstr("cycle_max_lr: missing"));
+  EXPECT_THAT(one_cycle(R"(, "cycle_max_lr": 1e-3)"), HasSubstr("cycle_momentum"));
+  EXPECT_EQ(one_cycle(R"(, "cycle_max_lr": 1e-3, "cycle_momentum": false)"), "no error");
+  EXPECT_THAT(error_of(R"({"scheduler": {"type": "WarmupLr"}})"),
+              HasSubstr("did you mean \"WarmupLR\""));
+  EXPECT_THAT(error_of(R"({"scheduler": {"type": "WarmupLR"}})",
+                       {{"bitfall.lr_scheduler_type", typed("--lr_scheduler_type", "\"cosine\"")}}),
+              HasSubstr("--lr_scheduler_type \"cosine\""));
+  EXPECT_THAT(error_of("{}", {{"bitfall.lr_scheduler_type",
+                               typed("--lr_scheduler_type", "\"reduce_lr_on_plateau\"")}}),
+              HasSubstr("(from --lr_scheduler_type)"));
+}
+
+TEST(Config, ZeroAndOtherSections) {
+  EXPECT_EQ(error_of(R"({"zero_optimization": {"stage": 0, "reduce_bucket_size": "auto"}})"),
+            "no error");
+  EXPECT_THAT(error_of(R"({"zero_optimization": {"stage": 2}})"),
+              HasSubstr("come in a later version"));
+  EXPECT_THAT(error_of(R"({"zero_optimization": {"stage": 3}})"), HasSubstr("not supported"));
+  EXPECT_THAT(error_of(R"({"prescale_gradients": true})"), HasSubstr("not supported"));
+  EXPECT_EQ(error_of(R"({"prescale_gradients": false, "gradient_predivide_factor": 1.0})"),
+            "no error");
+  EXPECT_THAT(parse(R"({"zero_allow_untested_optimizer": true})").warnings,
+              Contains(HasSubstr("zero_allow_untested_optimizer: ignored")));
+  EXPECT_EQ(parse(R"({"steps_per_print": 5})").config.steps_per_print, 5);
+}
+
+TEST(Config, SyntaxErrorsNameLineAndColumn) {
+  EXPECT_THAT(error_of("{\n  \"seed\": 1,,\n}"), HasSubstr("test.json:2:13: JSON syntax error"));
+  EXPECT_THAT(error_of("{\n\"seed\": NaN}"), AllOf(HasSubstr("test.json:2:"), HasSubstr("NaN")));
+  EXPECT_THAT(error_of("{\"gradient_clipping\": -Infinity}"), HasSubstr("test.json:1:"));
+  EXPECT_THAT(error_of("{\n\"gradient_clipping\": 1e999}"),
+              HasSubstr("test.json:2:22: the number 1e999"));
+  EXPECT_THAT(error_of("{\"seed\": 1} /* open"), HasSubstr("never closed"));
+  EXPECT_THAT(error_of("{\"seed"), HasSubstr("test.json:1:2: this string is never closed"));
+  EXPECT_THAT(error_of("[1]"), HasSubstr("expected an object"));
+  EXPECT_THAT(error_of("{\"seed\": [,]}"), HasSubstr("syntax error"));
+  EXPECT_THAT(error_of(std::string(100, '[')), HasSubstr("nested deeper"));
+  EXPECT_THAT(error_of("{\"\xff\": 1}"), HasSubstr("syntax error"));
+}
+
+TEST(Config, DuplicateAndUnknownKeysNameTheirLines) {
+  EXPECT_THAT(error_of("{\n\"seed\": 1,\n\"\\u0073eed\": 2}"),
+              AllOf(HasSubstr("test.json:3:1: seed: this key occurs twice"), HasSubstr("line 2")));
+  EXPECT_THAT(error_of("{\n\n\"gradient_cliping\": 1}"),
+              AllOf(HasSubstr("test.json:3: gradient_cliping: unknown key"),
+                    HasSubstr("did you mean \"gradient_clipping\"")));
+}
+
+TEST(Config, CommentsAndTrailingCommas) {
+  const Config config = parse(
+                            "// top\n{\"seed\": 7, # seven\n /* \"seed\": 8, */ "
+                            "\"steps_per_print\": 3, // http://x\n}\n")
+                            .config;
+  EXPECT_EQ(config.seed, 7u);
+  EXPECT_EQ(config.steps_per_print, 3);
+}
+
+TEST(Config, FlagsMustBeJson) {
+  EXPECT_THAT(error_of("{}", {{"seed", typed("--seed", "forty")}}), HasSubstr("--seed: 'forty'"));
+  EXPECT_THAT(error_of("{}", {{"seed", typed("--seed", "-1")}}), HasSubstr("(from --seed)"));
+}
+
+}  // namespace
+}  // namespace bitfall
