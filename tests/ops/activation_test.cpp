@@ -1,0 +1,106 @@
+#include <cmath>
+
+#include "tests/support/backend_fixture.h"
+#include "tests/support/numeric_gradient.h"
+
+namespace bitfall::test {
+namespace {
+
+double reference(Activation activation, double x) {
+  switch (activation) {
+    case Activation::gelu:
+      return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
+    case Activation::gelu_tanh:
+      return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+    case Activation::relu:
+      return x > 0 ? x : 0;
+    case Activation::tanh:
+      return std::tanh(x);
+  }
+  return NAN;
+}
+
+constexpr Activation kAll[] = {Activation::gelu, Activation::gelu_tanh, Activation::relu,
+                               Activation::tanh};
+
+class ActivationTest : public BackendTest {
+ protected:
+  /// Every regime: both tails, the origin, and far outside.
+  Tensor inputs() {
+    std::vector<double> x;
+    for (double value = -12; value <= 12; value += 0.0371) x.push_back(value);
+    for (const double value : {0.0, -90.0, 90.0, -3e4, 3e4}) x.push_back(value);
+    return floats(Shape{1, static_cast<std::int64_t>(x.size())}, dtype(), x);
+  }
+};
+
+TEST_P(ActivationTest, BackwardMatchesReferenceAndRepeatsTheForwardValue) {
+  const Tensor x = inputs();
+  const Tensor dy = random(x.shape, dtype());
+  for (const Activation activation : kAll) {
+    const Tensor dpre = zeros(x.shape, dtype()), y = zeros(x.shape, dtype());
+    backend().activation_backward(activation, x, dy, dpre, y);
+    std::vector<double> value, gradient;
+    for (std::size_t i = 0; i < values(x).size(); ++i) {
+      const double at = values(x)[i];
+      value.push_back(reference(activation, at));
+      const auto function = [&](const std::vector<double>& v) {
+        return reference(activation, v[0]);
+      };
+      // At its kink relu has no derivative; the operation takes 0 there.
+      const bool kink = activation == Activation::relu && at == 0;
+      gradient.push_back(kink ? 0 : numeric_gradient(function, {at})[0] * values(dy)[i]);
+    }
+    Tolerance allowed = tolerance();
+    if (dtype() == DType::f32) allowed = {1e-6, 1e-6};
+    EXPECT_TRUE(close(y, value, allowed)) << static_cast<int>(activation);
+    EXPECT_TRUE(close(dpre, gradient, allowed)) << static_cast<int>(activation);
+  }
+}
+
+TEST_P(ActivationTest, WorksInPlaceAndWithoutTheForwardValue) {
+  const Tensor x = inputs(), dy = random(x.shape, dtype());
+  const Tensor dpre = zeros(x.shape, dtype());
+  backend().activation_backward(Activation::gelu, x, dy, dpre, {});
+  backend().activation_backward(Activation::gelu, x, dy, dy, {});
+  EXPECT_TRUE(identical(dy, dpre));
+}
+
+TEST_P(ActivationTest, EveryInstructionSetGivesTheSameBits) {
+  BackendWorkbench generic(CpuIsa::generic);
+  const Tensor x = inputs(), dy = random(x.shape, dtype());
+  for (const Activation activation : kAll) {
+    const Tensor here = zeros(x.shape, dtype()), there = zeros(x.shape, dtype());
+    const Tensor y_here = zeros(x.shape, dtype()), y_there = zeros(x.shape, dtype());
+    backend().activation_backward(activation, x, dy, here, y_here);
+    generic.backend().activation_backward(activation, x, dy, there, y_there);
+    EXPECT_TRUE(identical(here, there));
+    EXPECT_TRUE(identical(y_here, y_there));
+  }
+}
+
+TEST_P(ActivationTest, NanStaysNan) {
+  const Tensor x = floats(Shape{1, 1}, dtype(), {NAN}), dy = floats(Shape{1, 1}, dtype(), {1.0});
+  for (const Activation activation : kAll) {
+    const Tensor y = zeros(x.shape, dtype());
+    backend().activation_backward(activation, x, dy, zeros(x.shape, dtype()), y);
+    EXPECT_TRUE(std::isnan(values(y)[0])) << static_cast<int>(activation);
+  }
+}
+
+TEST_P(ActivationTest, RefusesWhatDoesNotFit) {
+  const Tensor x = zeros(Shape{2, 3}, dtype()), other = zeros(Shape{3, 2}, dtype());
+  EXPECT_THROW(backend().activation_backward(Activation::gelu, x, other, x, {}), ShapeError);
+  EXPECT_THROW(backend().activation_backward(Activation::gelu, x, x, x, other), ShapeError);
+  EXPECT_THROW(backend().activation_backward(Activation::gelu, x, x, {}, {}), ShapeError);
+  const Tensor integer = zeros(Shape{2, 3}, DType::s32);
+  EXPECT_THROW(backend().activation_backward(Activation::gelu, integer, x, x, {}),
+               UnsupportedError);
+  EXPECT_THROW(backend().activation_backward(Activation::gelu, x, integer, x, {}),
+               UnsupportedError);
+}
+
+BITFALL_BACKEND_SUITE(ActivationTest);
+
+}  // namespace
+}  // namespace bitfall::test

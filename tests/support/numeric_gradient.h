@@ -1,0 +1,35 @@
+// Derivatives of a double-precision reference, to check an operation's backward pass with.
+#pragma once
+
+#include <functional>
+#include <vector>
+
+namespace bitfall::test {
+
+/// d function / d x by central differences. In double precision with values near 1 the error is
+/// about step^2.
+inline std::vector<double> numeric_gradient(
+    const std::function<double(const std::vector<double>&)>& function, std::vector<double> x,
+    double step = 1e-5) {
+  std::vector<double> gradient(x.size());
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    const double value = x[i];
+    x[i] = value + step;
+    const double above = function(x);
+    x[i] = value - step;
+    const double below = function(x);
+    x[i] = value;
+    gradient[i] = (above - below) / (2 * step);
+  }
+  return gradient;
+}
+
+/// sum_i a[i] * b[i]: turns a vector-valued reference into the scalar whose gradient is the
+/// backward pass of `a` with the output gradient `b`.
+inline double weighted_sum(const std::vector<double>& a, const std::vector<double>& b) {
+  double sum = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+}  // namespace bitfall::test
