@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitfall.report_log import LOG_NAME, read_log
+from bitfall.outputs import write_atomically
+from bitfall.report_log import read_log
 from bitfall.report_page import page
 from bitfall.report_results import (
     config_section,
@@ -15,6 +16,7 @@ from bitfall.report_results import (
     tiles,
 )
 from bitfall.report_training import bits_section, curve_section, eigenvalue_section
+from bitfall.training_log import LOG_NAME
 
 if TYPE_CHECKING:
     import argparse
@@ -30,7 +32,8 @@ def write_report(output_dir: str | Path) -> Path:
     """
     output_dir = Path(output_dir)
     log = read_log(output_dir)
-    facts = (log.start.get("task"), log.start.get("model"))
+    model = log.start.get("model")
+    facts = (log.start.get("task"), model.get("path") if isinstance(model, dict) else model)
     title = " · ".join(str(fact) for fact in facts if fact) or output_dir.name
     body = "".join(
         part(log)
@@ -46,9 +49,7 @@ def write_report(output_dir: str | Path) -> Path:
         )
     )
     path = output_dir / REPORT_NAME
-    temporary = path.with_suffix(".html.tmp")
-    temporary.write_text(page(title, str(output_dir), log.notes, body), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, page(title, str(output_dir), log.notes, body))
     return path
 
 

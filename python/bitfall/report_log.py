@@ -1,7 +1,7 @@
 """Reads OUTPUT_DIR/bitfall_log.jsonl, the log of a training, into what the report shows.
 
-The log is one JSON object per line with an "event": start, step, drop, eigenvalues, evaluate, end.
-A resumed training appends to it: steps that were trained again replace their first version.
+training_log.py describes its events. A log in which steps come again (a run that was resumed
+without it) is read too: the later version of a step replaces the first.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bitfall.errors import DataError
+from bitfall.training_log import LOG_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-LOG_NAME = "bitfall_log.jsonl"
 
 
 @dataclass
@@ -100,7 +99,8 @@ def read_log(output_dir: Path) -> TrainingLog:
         _add(log, event, f"{path}:{number}")
     if not log.start and not log.steps and not log.evaluations:
         raise DataError(f"{path}: the log holds no event; the run ended before it began")
-    if log.end is None:
+    _name_evaluations(log)
+    if log.end is None or log.end.get("finished") is False:
         log.notes.append(f"This run has not ended: the log stops at step {log.last_step}.")
     return log
 
@@ -110,6 +110,7 @@ def _add(log: TrainingLog, event: Any, where: str) -> None:
         raise DataError(f'{where}: expected an object with "event", saw {str(event)[:60]}')
     handlers: dict[str, Callable[[TrainingLog, dict[str, Any], str], None]] = {
         "start": _add_start,
+        "resume": _add_resume,
         "step": _add_step,
         "drop": _add_drop,
         "eigenvalues": _add_eigenvalues,
@@ -134,20 +135,20 @@ def _field(event: dict[str, Any], key: str, kind: type, where: str) -> Any:
 
 def _add_start(log: TrainingLog, event: dict[str, Any], _where: str) -> None:
     log.start = event
+
+
+def _add_resume(log: TrainingLog, event: dict[str, Any], _where: str) -> None:
     log.end = None
+    log.notes.append(f"Resumed from {event.get('checkpoint')} after step {log.last_step}.")
 
 
 def _add_step(log: TrainingLog, event: dict[str, Any], where: str) -> None:
     step = _field(event, "step", int, where)
     _field(event, "bits", dict, where)
-    if log.steps and step < log.last_step:  # resumed from a checkpoint before this step
-        log.steps = [old for old in log.steps if old["step"] < step]
-        for events in (log.drops, log.eigenvalues, log.evaluations):
+    if step <= log.last_step:
+        for events in (log.steps, log.drops, log.eigenvalues, log.evaluations):
             events[:] = [old for old in events if old["step"] < step]
-    if event.get("skipped") or not (log.steps and step == log.last_step):
-        log.steps.append(event)
-    else:
-        log.steps[-1] = event
+    log.steps.append(event)
 
 
 def _add_drop(log: TrainingLog, event: dict[str, Any], where: str) -> None:
@@ -171,3 +172,15 @@ def _add_evaluate(log: TrainingLog, event: dict[str, Any], where: str) -> None:
 
 def _add_end(log: TrainingLog, event: dict[str, Any], _where: str) -> None:
     log.end = event
+
+
+def _name_evaluations(log: TrainingLog) -> None:
+    """With several evaluation sets (MNLI), metrics carry their name, and equal steps are joined."""
+    if len({event.get("name") for event in log.evaluations}) < 2:
+        return
+    joined: dict[int, dict[str, Any]] = {}
+    for event in log.evaluations:
+        target = joined.setdefault(event["step"], {**event, "metrics": {}})
+        for key, value in event["metrics"].items():
+            target["metrics"][f"{key} ({event.get('name')})"] = value
+    log.evaluations = list(joined.values())

@@ -225,7 +225,11 @@ def _loss_chart(log: TrainingLog, x_axis: Axis) -> list[str]:
 
 def _metric_chart(log: TrainingLog, x_axis: Axis) -> list[str]:
     names = dict.fromkeys(name for event in log.evaluations for name in event["metrics"])
-    drawn = [name for name in names if not any(name.endswith(word) for word in METRICS_NOT_DRAWN)]
+    drawn = [
+        name
+        for name in names
+        if not any(name.split(" (")[0].endswith(word) for word in METRICS_NOT_DRAWN)
+    ]
     series = []
     for index, name in enumerate(drawn):
         points = _metric_points(log, name)
