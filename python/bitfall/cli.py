@@ -118,7 +118,9 @@ def _dispatch(argv: list[str]) -> int:
 
 def _nearest(word: str, known: list[str]) -> str:
     matches = difflib.get_close_matches(word, known, n=1)
-    return f": did you mean '{matches[0]}'?" if matches else f": expected {', '.join(known[:4])} ..."
+    return (
+        f": did you mean '{matches[0]}'?" if matches else f": expected {', '.join(known[:4])} ..."
+    )
 
 
 def _process_rank() -> int:

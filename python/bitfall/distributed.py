@@ -41,7 +41,7 @@ def gather_concatenated(
     if communicator.world_size == 1:
         return arrays
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, allow_pickle=False, **arrays)
     parts = []
     for data in communicator.all_gather(buffer.getvalue()):
         with np.load(io.BytesIO(data), allow_pickle=False) as part:

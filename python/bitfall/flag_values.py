@@ -7,6 +7,7 @@ run that are no DeepSpeed keys go under "bitfall.".
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitfall import _core
@@ -66,9 +67,6 @@ def flag_values(
         "scheduler.params.warmup_num_steps": _flag_value(
             warmup_flag, max(1, warmup_steps), given=warmup_given
         ),
-        "scheduler.params.total_num_steps": _flag_value(
-            steps_flag, num_training_steps, given=steps_given
-        ),
         "bitfall.world_size": _flag_value("world_size", world_size, given=True),
         "bitfall.num_training_steps": _flag_value(
             steps_flag, num_training_steps, given=steps_given
@@ -97,8 +95,7 @@ def complete_config(
 
 
 def _read_config(path: str) -> str:
-    with open(path, "rb") as file:
-        data = file.read()
+    data = Path(path).read_bytes()
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

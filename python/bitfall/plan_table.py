@@ -66,7 +66,9 @@ def format_plan(
     column_widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = [
         row[0].ljust(column_widths[0])
-        + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], column_widths[1:]))
+        + "".join(
+            f"  {cell:>{width}}" for cell, width in zip(row[1:], column_widths[1:], strict=True)
+        )
         for row in table
     ]
     return "\n".join(lines)
@@ -97,7 +99,7 @@ def unreachable_targets(
         advice = (
             f"a quantize_period of {period} or less reaches it"
             if period > 0
-            else "no quantize_period reaches it: lower start_bits or schedule_offset, or train longer"
+            else "no quantize_period reaches it: lower start_bits or the offset, or train longer"
         )
         names = _join_names([state["name"] for state in group_states])
         warnings.append(
