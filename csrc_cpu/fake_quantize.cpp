@@ -1,5 +1,7 @@
 // Fake quantization on the CPU: threads share the groups of a tensor or, where groups are large,
 // the chunks of each group.
+#include <omp.h>
+
 #include <algorithm>
 #include <vector>
 
@@ -91,9 +93,11 @@ void CpuBackend::fake_quantize(const QuantSpec& spec, const StochasticKey& key, 
   whole.spec = spec;
   whole.key = key;
   whole.mix = mix;
-  // Groups of one chunk go to one thread each; the loops within larger groups are parallel.
-  const bool small_groups = master.numel() / spec.groups <= kChunk;
-#pragma omp parallel for schedule(static) if (small_groups && master.numel() > kChunk)
+  // Enough groups keep every thread busy with groups of its own, without a wait in between; the
+  // loops inside a group are then serial (no nested parallelism).
+  const bool share_groups =
+      spec.groups >= 4 * omp_get_max_threads() || spec.groups % omp_get_max_threads() == 0;
+#pragma omp parallel for schedule(static) if (share_groups && master.numel() > kChunk)
   for (std::int64_t group = 0; group < spec.groups; ++group)
     quantize_group(*kernels_.fake_quantize, whole, working, group);
 }
