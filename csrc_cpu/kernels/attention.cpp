@@ -94,10 +94,29 @@ void mask_padding(float* scores, std::int64_t length, std::int64_t vectors) {
   }
 }
 
-template <typename T>
-void write_row(const float* source, float factor, std::int64_t count, T* destination) {
+/// Largest lane; unlike a comparison of scalars it needs no lane to leave its register.
+BITFALL_INLINE float largest_lane(Floats x) {
+#pragma GCC unroll 4
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    Words other;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      other[lane] = static_cast<unsigned>((lane + distance) % kLanes);
+    }
+    x = max(x, __builtin_shuffle(x, reinterpret_cast<Ints>(other)));
+  }
+  return x[0];
+}
+
+template <typename Format, typename T>
+BITFALL_INLINE void write_row(const float* source, float factor, std::int64_t count,
+                              T* destination) {
   for_each_vector(count, [&](std::int64_t begin, std::int64_t lanes) {
-    store_lanes(destination + begin, load(source + begin) * factor, lanes);
+    const Floats x = load(source + begin) * factor;
+    if (lanes == kLanes) {
+      Format::store_elements(destination + begin, x);
+    } else {
+      store_first(destination + begin, x, lanes);
+    }
   });
 }
 
@@ -114,7 +133,7 @@ float score_scale(const AttentionHead& head) {
 
 template <typename Format>
 struct ForwardBuffers {
-  typename Format::Word *keys, *values, *queries, *rows;
+  typename Format::Word *keys, *values, *queries;
   float *scores, *out;
   std::size_t bytes;
 
@@ -124,7 +143,6 @@ struct ForwardBuffers {
     keys = arena.take<Word>(n.row_words * n.score_stride);
     values = arena.take<Word>(n.depth_length * n.out_stride);
     queries = arena.take<Word>(kBlockRows * n.row_words);
-    rows = arena.take<Word>(kLanes * n.row_words);
     scores = arena.take<float>(kBlockRows * n.score_stride);
     out = arena.take<float>(kBlockRows * n.out_stride);
     bytes = arena.used();
@@ -143,7 +161,7 @@ RowSoftmax softmax_row(float* scores, std::int64_t vectors, float scale, std::in
                        Multipliers& multipliers) {
   Floats largest = load(scores);
   for (std::int64_t j = 1; j < vectors; ++j) largest = max(largest, load(scores + j * kLanes));
-  const float row_max = max_lane(largest);
+  const float row_max = largest_lane(largest);
   const Floats factor = broadcast(scale * kLog2E), shift = broadcast(-row_max * scale * kLog2E);
   Floats sums{};
   for (std::int64_t column = 0; column < vectors * kLanes; column += kLanes) {
@@ -165,7 +183,7 @@ void forward_head(const AttentionHead& head, void* scratch) {
   const ForwardBuffers<Format> buffers(n, scratch);
   const Rows<T> queries = rows_of<T>(head.q, head.qkv_stride, head);
   pack_transposed<Format>(rows_of<T>(head.k, head.qkv_stride, head), n.row_words, n.score_stride,
-                          buffers.rows, buffers.keys);
+                          buffers.keys);
   pack_across<Format>(rows_of<T>(head.v, head.qkv_stride, head), 0, n.length, n.out_stride,
                       buffers.values);
   const float scale = score_scale(head);
@@ -188,8 +206,8 @@ void forward_head(const AttentionHead& head, void* scratch) {
                       buffers.values, n.out_stride, buffers.out, n.out_stride, rows, n.out_vectors,
                       n.depth_length});
     for (std::int64_t row = 0; row < rows; ++row) {
-      write_row(buffers.out + row * n.out_stride, inverse_sums[row], n.head_size,
-                static_cast<T*>(head.out) + (first + row) * head.out_stride);
+      write_row<Format>(buffers.out + row * n.out_stride, inverse_sums[row], n.head_size,
+                        static_cast<T*>(head.out) + (first + row) * head.out_stride);
     }
   }
 }
@@ -198,7 +216,7 @@ void forward_head(const AttentionHead& head, void* scratch) {
 
 template <typename Format>
 struct BackwardBuffers {
-  typename Format::Word *keys_transposed, *values_transposed, *keys, *rows;
+  typename Format::Word *keys_transposed, *values_transposed, *keys;
   typename Format::Word *queries, *douts, *queries_across, *douts_across;
   float *scores, *dprobabilities, *dq, *dk, *dv;
   std::size_t bytes;
@@ -209,7 +227,6 @@ struct BackwardBuffers {
     keys_transposed = arena.take<Word>(n.row_words * n.score_stride);
     values_transposed = arena.take<Word>(n.row_words * n.score_stride);
     keys = arena.take<Word>(n.depth_length * n.out_stride);
-    rows = arena.take<Word>(kLanes * n.row_words);
     queries = arena.take<Word>(kBlockRows * n.row_words);
     douts = arena.take<Word>(kBlockRows * n.row_words);
     queries_across = arena.take<Word>(kBlockRows * n.out_stride);
@@ -234,6 +251,8 @@ struct Backward {
   BackwardBuffers<Format> buffers;
   Rows<T> queries, keys, values, outs, douts;
   Multipliers multipliers[2];
+  float scale;
+  float shifts[kBlockRows], deltas[kBlockRows];
 
   Backward(const AttentionHead& head, void* scratch)
       : head(head),
@@ -244,25 +263,25 @@ struct Backward {
         values(rows_of<T>(head.v, head.qkv_stride, head)),
         outs(rows_of<T>(head.out, head.out_stride, head)),
         douts(rows_of<T>(head.dout, head.out_stride, head)),
-        multipliers{Multipliers(head), Multipliers(head)} {}
+        multipliers{Multipliers(head), Multipliers(head)},
+        scale(score_scale(head)) {}
 
   void run() {
-    pack_transposed<Format>(keys, n.row_words, n.score_stride, buffers.rows,
-                            buffers.keys_transposed);
-    pack_transposed<Format>(values, n.row_words, n.score_stride, buffers.rows,
-                            buffers.values_transposed);
+    pack_transposed<Format>(keys, n.row_words, n.score_stride, buffers.keys_transposed);
+    pack_transposed<Format>(values, n.row_words, n.score_stride, buffers.values_transposed);
     pack_across<Format>(keys, 0, n.length, n.out_stride, buffers.keys);
     for (std::int64_t first = 0; first < n.length; first += kBlockRows) {
       const std::int64_t rows = n.length - first < kBlockRows ? n.length - first : kBlockRows;
+      row_terms(first, rows);
       scores_of(first, rows);
       for (std::int64_t row = 0; row < rows; row += kPerWord) softmax_rows(first, row);
       gradients_of(first, rows);
     }
     for (std::int64_t row = 0; row < n.length; ++row) {
-      write_row(buffers.dk + row * n.out_stride, score_scale(head), n.head_size,
-                static_cast<T*>(head.dk) + row * head.qkv_stride);
-      write_row(buffers.dv + row * n.out_stride, 1.0f, n.head_size,
-                static_cast<T*>(head.dv) + row * head.qkv_stride);
+      write_row<Format>(buffers.dk + row * n.out_stride, scale, n.head_size,
+                        static_cast<T*>(head.dk) + row * head.qkv_stride);
+      write_row<Format>(buffers.dv + row * n.out_stride, 1.0f, n.head_size,
+                        static_cast<T*>(head.dv) + row * head.qkv_stride);
     }
   }
 
@@ -280,13 +299,18 @@ struct Backward {
                       buffers.dprobabilities, n.score_stride, rows, n.score_vectors, n.depth_head});
   }
 
-  /// Inner product of dout and out of one query.
-  float delta(std::int64_t query) const {
-    Floats sums{};
-    for (std::int64_t column = 0; column < n.head_size; column += kLanes) {
-      sums = multiply_add(douts.at(query, column), outs.at(query, column), sums);
+  /// What the rows of a block need: -log_sum_exp in powers of two and the inner product of dout and
+  /// out. All rows at once, so that their cache misses overlap.
+  void row_terms(std::int64_t first, std::int64_t rows) {
+    for (std::int64_t row = 0; row < round_up(rows, kPerWord); ++row) {
+      const std::int64_t query = first + row;
+      Floats sums{};
+      for (std::int64_t column = 0; column < n.head_size; column += kLanes) {
+        sums = multiply_add(douts.at(query, column), outs.at(query, column), sums);
+      }
+      deltas[row] = sum(sums);
+      shifts[row] = row < rows ? -head.log_sum_exp[query * head.lse_stride] * kLog2E : 0.0f;
     }
-    return sum(sums);
   }
 
   Word* probabilities_across() const { return reinterpret_cast<Word*>(buffers.scores); }
@@ -299,36 +323,32 @@ struct Backward {
   /// kPerWord rows of scores and dprobabilities become, in place, probabilities p (with dropout)
   /// and dscores = p (dropout(dp) - delta) as words for the next products.
   void softmax_rows(std::int64_t first, std::int64_t row) {
-    const Floats factor = broadcast(score_scale(head) * kLog2E);
-    Floats shift[kPerWord], deltas[kPerWord];
-    for (int i = 0; i < kPerWord; ++i) {
-      mask_padding(buffers.scores + (row + i) * n.score_stride, n.length, n.score_vectors);
-      const std::int64_t query = first + row + i;
-      const bool padding = query >= n.length;
-      shift[i] = broadcast(padding ? 0.0f : -head.log_sum_exp[query * head.lse_stride] * kLog2E);
-      deltas[i] = broadcast(padding ? 0.0f : delta(query));
-    }
-    const std::int64_t offset = row * n.score_stride;
-    for (std::int64_t column = 0; column < n.score_vectors * kLanes; column += kLanes) {
+    const Floats factor = broadcast(scale * kLog2E);
+    const std::int64_t stride = n.score_stride, columns = n.score_vectors * kLanes;
+    float* scores = buffers.scores + row * stride;
+    float* dprobabilities = buffers.dprobabilities + row * stride;
+    Word* across = probabilities_across() + row * stride;
+    Word* dscores_words = dscores_across() + row * stride;
+    for (int i = 0; i < kPerWord; ++i) mask_padding(scores + i * stride, n.length, n.score_vectors);
+    for (std::int64_t column = 0; column < columns; column += kLanes) {
       Floats kept[kPerWord], dscores[kPerWord];
+#pragma GCC unroll 2
       for (int i = 0; i < kPerWord; ++i) {
         if (column % kDropoutBlock == 0) {
           multipliers[i].compute(first + row + i, column / kDropoutBlock);
         }
-        const std::int64_t element = offset + i * n.score_stride + column;
-        const Floats p = exp2(multiply_add(load(buffers.scores + element), factor, shift[i]));
+        const Floats shift = broadcast(shifts[row + i]), delta = broadcast(deltas[row + i]);
+        const Floats p = exp2(multiply_add(load(scores + i * stride + column), factor, shift));
         const Floats multiplier = multipliers[i].at(column);
-        const Floats dp = load(buffers.dprobabilities + element) * multiplier - deltas[i];
         kept[i] = p * multiplier;
-        dscores[i] = p * dp;
+        dscores[i] = p * (load(dprobabilities + i * stride + column) * multiplier - delta);
       }
-      Format::store_across(probabilities_across() + offset + column, kept);
-      Format::store_across(dscores_across() + offset + column, dscores);
+      Format::store_across(across + column, kept);
+      Format::store_across(dscores_words + column, dscores);
       if constexpr (kPerWord > 1) {
         for (int i = 0; i < kPerWord; ++i) {
-          Format::store_along(
-              reinterpret_cast<Word*>(buffers.dprobabilities) + offset + i * n.score_stride, column,
-              dscores[i]);
+          Format::store_along(reinterpret_cast<Word*>(dprobabilities + i * stride), column,
+                              dscores[i]);
         }
       }
     }
@@ -340,8 +360,8 @@ struct Backward {
                       buffers.keys, n.out_stride, buffers.dq, n.out_stride, rows, n.out_vectors,
                       n.depth_length});
     for (std::int64_t row = 0; row < rows; ++row) {
-      write_row(buffers.dq + row * n.out_stride, score_scale(head), n.head_size,
-                static_cast<T*>(head.dq) + (first + row) * head.qkv_stride);
+      write_row<Format>(buffers.dq + row * n.out_stride, scale, n.head_size,
+                        static_cast<T*>(head.dq) + (first + row) * head.qkv_stride);
     }
     const std::int64_t depth_rows = round_up(rows, kPerWord) / kPerWord;
     const Accumulate accumulate = first == 0 ? Accumulate::no : Accumulate::yes;

@@ -17,59 +17,7 @@ constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-struct F32Words {
-  using Word = float;
-  static constexpr int kPerWord = 1;
-
-  static BITFALL_INLINE Floats multiply_add(Word a, Floats b, Floats sums) {
-    return BITFALL_ISA::multiply_add(broadcast(a), b, sums);
-  }
-  /// Elements [column, column + kLanes) of a row whose words run along the row.
-  static BITFALL_INLINE void store_along(Word* row, std::int64_t column, Floats x) {
-    store(row + column, x);
-  }
-  /// kPerWord rows as words that run across them.
-  static BITFALL_INLINE void store_across(Word* words, const Floats* rows) {
-    store(words, rows[0]);
-  }
-};
-
-template <typename T>
-struct WordsOf {
-  using type = F32Words;
-};
-
-#if defined(__AVX512BF16__)
-struct Bf16Pairs {
-  using Word = std::uint32_t;
-  static constexpr int kPerWord = 2;
-
-  static BITFALL_INLINE Floats multiply_add(Word a, Floats b, Floats sums) {
-    const Words pair = a - Words{};
-    return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(pair), reinterpret_cast<__m512bh>(b));
-  }
-  static BITFALL_INLINE void store_along(Word* row, std::int64_t column, Floats x) {
-    const __m256bh halves = _mm512_cvtneps_pbh(x);
-    __builtin_memcpy(reinterpret_cast<char*>(row) + 2 * column, &halves, sizeof(halves));
-  }
-  static BITFALL_INLINE void store_across(Word* words, const Floats* rows) {
-    typedef std::uint16_t Halves __attribute__((vector_size(64)));
-    const Halves x = reinterpret_cast<Halves>(_mm512_cvtne2ps_pbh(rows[1], rows[0]));
-    const Halves mixed =
-        __builtin_shufflevector(x, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24,
-                                9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    __builtin_memcpy(words, &mixed, sizeof(mixed));
-  }
-};
-
-template <>
-struct WordsOf<BFloat16> {
-  using type = Bf16Pairs;
-};
-#endif
-
-// --- packing: from rows of any dtype, `stride` elements apart, to words
-
+/// A matrix of any dtype: `count` rows of `columns` elements, `stride` elements apart.
 template <typename T>
 struct Rows {
   const T* first;
@@ -84,13 +32,90 @@ struct Rows {
   }
 };
 
+struct F32Words {
+  using Word = float;
+  static constexpr int kPerWord = 1;
+
+  static BITFALL_INLINE Floats multiply_add(Word a, Floats b, Floats sums) {
+    return BITFALL_ISA::multiply_add(broadcast(a), b, sums);
+  }
+  /// kLanes words from `column` on that run along a row; zeros outside the matrix.
+  template <typename T>
+  static BITFALL_INLINE Words load_along(const Rows<T>& rows, std::int64_t row,
+                                         std::int64_t column) {
+    return reinterpret_cast<Words>(rows.at(row, column));
+  }
+  /// Elements [column, column + kLanes) of a row whose words run along the row.
+  static BITFALL_INLINE void store_along(Word* row, std::int64_t column, Floats x) {
+    store(row + column, x);
+  }
+  /// kPerWord rows as words that run across them.
+  static BITFALL_INLINE void store_across(Word* words, const Floats* rows) {
+    store(words, rows[0]);
+  }
+  /// kLanes elements of a result.
+  template <typename T>
+  static BITFALL_INLINE void store_elements(T* destination, Floats x) {
+    store(destination, x);
+  }
+};
+
+template <typename T>
+struct WordsOf {
+  using type = F32Words;
+};
+
+#if defined(__AVX512BF16__)
+/// The conversions here flush subnormals, as the products do.
+struct Bf16Pairs {
+  using Word = std::uint32_t;
+  static constexpr int kPerWord = 2;
+
+  static BITFALL_INLINE Floats multiply_add(Word a, Floats b, Floats sums) {
+    const Words pair = a - Words{};
+    return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(pair), reinterpret_cast<__m512bh>(b));
+  }
+  static BITFALL_INLINE Words load_along(const Rows<BFloat16>& rows, std::int64_t row,
+                                         std::int64_t column) {
+    if (row >= rows.count || column >= rows.columns) return Words{};
+    const std::int64_t left = rows.columns - column;
+    const __mmask32 mask = left >= 32 ? ~0u : (1u << left) - 1;
+    return reinterpret_cast<Words>(
+        _mm512_maskz_loadu_epi16(mask, rows.first + row * rows.stride + column));
+  }
+  static BITFALL_INLINE void store_along(Word* row, std::int64_t column, Floats x) {
+    store_elements(reinterpret_cast<BFloat16*>(row) + column, x);
+  }
+  static BITFALL_INLINE void store_across(Word* words, const Floats* rows) {
+    typedef std::uint16_t Halves __attribute__((vector_size(64)));
+    const Halves x = reinterpret_cast<Halves>(_mm512_cvtne2ps_pbh(rows[1], rows[0]));
+    const Halves mixed =
+        __builtin_shufflevector(x, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24,
+                                9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    __builtin_memcpy(words, &mixed, sizeof(mixed));
+  }
+  static BITFALL_INLINE void store_elements(BFloat16* destination, Floats x) {
+    const __m256bh halves = _mm512_cvtneps_pbh(x);
+    __builtin_memcpy(destination, &halves, sizeof(halves));
+  }
+};
+
+template <>
+struct WordsOf<BFloat16> {
+  using type = Bf16Pairs;
+};
+#endif
+
+// --- packing
+
 /// `rows` rows from `begin`, words along the row, `row_words` (a multiple of kLanes) each.
 template <typename Format, typename T>
 void pack_along(const Rows<T>& source, std::int64_t begin, std::int64_t rows,
                 std::int64_t row_words, typename Format::Word* words) {
   for (std::int64_t row = 0; row < rows; ++row) {
-    for (std::int64_t column = 0; column < row_words * Format::kPerWord; column += kLanes) {
-      Format::store_along(words + row * row_words, column, source.at(begin + row, column));
+    for (std::int64_t word = 0; word < row_words; word += kLanes) {
+      const Words x = Format::load_along(source, begin + row, word * Format::kPerWord);
+      __builtin_memcpy(words + row * row_words + word, &x, sizeof(x));
     }
   }
 }
@@ -110,14 +135,7 @@ void pack_across(const Rows<T>& source, std::int64_t begin, std::int64_t rows,
 }
 
 /// Transposes kLanes x kLanes words: log2(kLanes) exchanges of ever smaller off-diagonal squares.
-template <typename Word>
-BITFALL_INLINE void transpose_square(const Word* source, std::int64_t source_stride,
-                                     Word* destination, std::int64_t destination_stride) {
-  Words row[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    __builtin_memcpy(&row[i], source + i * source_stride, sizeof(Words));
-  }
+BITFALL_INLINE void transpose_square(Words (&row)[kLanes]) {
 #pragma GCC unroll 4
   for (int size = kLanes / 2; size > 0; size /= 2) {
     Words upper, lower;
@@ -133,21 +151,25 @@ BITFALL_INLINE void transpose_square(const Word* source, std::int64_t source_str
       row[i + size] = __builtin_shuffle(a, b, lower);
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    __builtin_memcpy(destination + i * destination_stride, &row[i], sizeof(Words));
-  }
 }
 
 /// The transpose: word (c, s) holds the columns [c * kPerWord, (c + 1) * kPerWord) of row s.
-/// `words` [depth, stride], depth a multiple of kLanes; `rows` [kLanes, depth] is scratch.
+/// `words` [depth, stride], depth a multiple of kLanes.
 template <typename Format, typename T>
 void pack_transposed(const Rows<T>& source, std::int64_t depth, std::int64_t stride,
-                     typename Format::Word* rows, typename Format::Word* words) {
+                     typename Format::Word* words) {
   for (std::int64_t first = 0; first < source.count; first += kLanes) {
-    pack_along<Format>(source, first, kLanes, depth, rows);
     for (std::int64_t c = 0; c < depth; c += kLanes) {
-      transpose_square(rows + c, depth, words + c * stride + first, stride);
+      Words row[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        row[i] = Format::load_along(source, first + i, c * Format::kPerWord);
+      }
+      transpose_square(row);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        __builtin_memcpy(words + (c + i) * stride + first, &row[i], sizeof(Words));
+      }
     }
   }
 }
@@ -234,7 +256,8 @@ BITFALL_INLINE void multiply_row_tile(const Product<Format>& p, std::int64_t row
 }
 
 template <typename Format>
-void multiply(const Product<Format>& p) {
+void multiply(const Product<Format>& product) {
+  const Product<Format> p = product;  // a copy that no store can alias
   std::int64_t row = 0;
   while (row < p.rows) {
     if (p.rows - row > kTileRows / 2) {
