@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
+from bitfall.check import flatten
 from bitfall.report_chart import escape, number
 from bitfall.report_page import details, section, table
 
@@ -201,15 +202,6 @@ def config_section(log: TrainingLog) -> str:
         listing = table(["key", "value", "from"], rows, text_columns=(1, 2))
         body += details(f"All {len(rows)} values of the configuration", listing)
     return section("Run", "Where the time went, and the configuration as it was used.", body)
-
-
-def flatten(value: dict[str, Any], prefix: str = "") -> Any:
-    """Yields (key path, value) of every leaf of nested objects."""
-    for key, child in value.items():
-        if isinstance(child, dict) and child:
-            yield from flatten(child, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", child
 
 
 def _dict_of(log: TrainingLog, key: str, kinds: tuple[type, ...]) -> dict[str, Any]:

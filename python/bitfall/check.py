@@ -1,0 +1,96 @@
+"""`bitfall check test.json [flags]`: the completed config, the origin of each value, warnings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from bitfall import arguments
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from bitfall._core import Communicator, CompletedConfig
+
+EPILOG = """The flags are those of 'bitfall glue': they fill "auto", and contradictions show.
+
+example:
+  bitfall check test.json --fp16 --learning_rate 2e-5 --per_device_train_batch_size 32"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the config and the flags of `bitfall glue`."""
+    parser.epilog = EPILOG
+    parser.add_argument("config", help="DeepSpeed JSON config")
+    arguments.add_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints the completed config. Raises ConfigError for what training would refuse."""
+    from bitfall import _core
+    from bitfall.flag_values import complete_config
+
+    parsed = _training_arguments(args)
+    communicator = _core.make_communicator()
+    steps = max(parsed.max_steps, 1)
+    config, _ = complete_config(parsed, communicator.world_size, lambda _: steps)
+    if communicator.rank == 0:
+        print("\n".join(_report(args.config, config, communicator)))
+    return 0
+
+
+def _training_arguments(args: argparse.Namespace) -> arguments.GlueArguments:
+    """The typed flags; what a training needs and a check does not is filled in."""
+    typed = vars(args)
+    needed: dict[str, Any] = {"model_name_or_path": "model", "output_dir": "output"}
+    if not any(typed.get(name) for name in ("do_train", "do_eval", "do_predict")):
+        needed["do_train"] = True
+    if not any(typed.get(f"{name}_file") for name in ("train", "validation", "test")):
+        needed["task_name"] = "mrpc"
+    return arguments.from_namespace(
+        argparse.Namespace(**{**needed, **typed, "deepspeed": args.config})
+    )
+
+
+def _report(path: str, config: CompletedConfig, communicator: Communicator) -> Iterator[str]:
+    yield f"{path}: accepted\n"
+    rows = [
+        (key, json.dumps(value), config.origins.get(key, ""))
+        for key, value in flatten(json.loads(config.json))
+    ]
+    widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
+    section = None
+    for key, value, origin in rows:
+        top = key.split(".")[0]
+        if section not in (None, top):
+            yield ""
+        section = top
+        yield f"  {key:<{widths[0]}}  {value:<{widths[1]}}  {origin}".rstrip()
+    yield ""
+    yield from _machine(config, communicator)
+    for warning in config.warnings:
+        yield f"warning: {warning}"
+
+
+def _machine(config: CompletedConfig, communicator: Communicator) -> Iterator[str]:
+    from bitfall import _core
+
+    yield f"computes in      {config.compute_dtype}"
+    yield f"CPU kernels      {_core.cpu_isa()}"
+    if communicator.world_size > 1:
+        processes = f"{communicator.world_size} (MPI)"
+    else:
+        found = "mpirun is there" if shutil.which("mpirun") else "no mpirun found"
+        processes = f"1 ({found})"
+    yield f"processes        {processes}"
+
+
+def flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key path, value) of every leaf of nested objects; an empty object is a leaf."""
+    for key, child in value.items():
+        if isinstance(child, dict) and child:
+            yield from flatten(child, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", child
