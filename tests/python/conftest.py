@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = "good great fine lovely bad awful poor dull the a film play was is very really not".split()
+ADJECTIVES = ["good", "great", "fine", "lovely", "bad", "awful", "poor", "dull"]
+WORDS = [*ADJECTIVES, "the", "a", "film", "play", "was", "is", "very", "really", "not"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TINY_CONFIG = {
     "architectures": ["BertModel"],
@@ -134,7 +135,7 @@ class Alone:
         raise AssertionError(f"abort in a world of one: {message}")
 
 
-@pytest.fixture()
+@pytest.fixture
 def alone() -> Alone:
     return Alone()
 
