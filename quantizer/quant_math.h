@@ -178,19 +178,22 @@ BITFALL_INLINE QuantGroup sign_group(const QuantRange& range, float threshold,
 /// Elements that share 16 Philox blocks.
 inline constexpr std::int64_t kStochasticBlock = 128;
 
-/// Random bits for stochastic rounding, spec A5: a pure function of (seed, step, parameter,
-/// element).
+/// Philox counter for stochastic rounding, spec A5: with the key below, a pure function of (seed,
+/// step, parameter, element).
 ///
 /// Elements of the flattened parameter go in blocks of 128, laid out as in dropout_bits: counter
-/// word 0 = 16 * (element / 128) + lane with lane = element % 16; words 1..3 = parameter and step
-/// (low, high). The key is the seed, its upper word marked so that no Dropout site shares it.
-BITFALL_INLINE PhiloxBlock stochastic_block(const StochasticKey& key, std::int64_t block,
-                                            std::uint32_t lane) {
-  return philox(
-      {{16 * static_cast<std::uint32_t>(block) + lane, key.parameter,
-        static_cast<std::uint32_t>(key.step), static_cast<std::uint32_t>(key.step >> 32)}},
-      {static_cast<std::uint32_t>(key.seed),
-       static_cast<std::uint32_t>(key.seed >> 32) ^ 0x80000000u});
+/// word 0 = 16 * (element / 128) + lane with lane = element % 16 (it repeats after 2^35 elements);
+/// words 1..3 = parameter and step (low, high).
+BITFALL_INLINE PhiloxBlock stochastic_counter(const StochasticKey& key, std::int64_t block,
+                                              std::uint32_t lane) {
+  return {{16 * static_cast<std::uint32_t>(block) + lane, key.parameter,
+           static_cast<std::uint32_t>(key.step), static_cast<std::uint32_t>(key.step >> 32)}};
+}
+
+/// The seed, its upper word marked so that no Dropout site shares the numbers.
+BITFALL_INLINE PhiloxKey stochastic_philox_key(const StochasticKey& key) {
+  return {static_cast<std::uint32_t>(key.seed),
+          static_cast<std::uint32_t>(key.seed >> 32) ^ 0x80000000u};
 }
 
 /// 16 random bits k -> (k + 0.5) / 65536 - 0.5: uniform, symmetric about 0 and inside (-0.5, 0.5),
@@ -201,8 +204,9 @@ BITFALL_INLINE float stochastic_offset(std::uint32_t bits16) {
 
 /// The offset of one element: half (element % 128) / 16 of its block, low half of word 0 first.
 BITFALL_INLINE float stochastic_offset(const StochasticKey& key, std::int64_t element) {
-  const PhiloxBlock block =
-      stochastic_block(key, element / kStochasticBlock, static_cast<std::uint32_t>(element % 16));
+  const PhiloxBlock counter =
+      stochastic_counter(key, element / kStochasticBlock, static_cast<std::uint32_t>(element % 16));
+  const PhiloxBlock block = philox(counter, stochastic_philox_key(key));
   const std::uint32_t half = static_cast<std::uint32_t>(element % kStochasticBlock) / 16;
   return stochastic_offset((block.word[half / 2] >> (16 * (half % 2))) & 0xffffu);
 }

@@ -1,5 +1,7 @@
 #include "csrc_cpu/kernels/fake_quantize.h"
 
+#include "csrc_cpu/kernels/vector.h"
+
 namespace bitfall::BITFALL_ISA {
 namespace {
 
@@ -33,90 +35,84 @@ MagnitudeSum magnitude_sum(const float* x, std::int64_t n, float threshold) {
   return {sums[0], count};
 }
 
-template <typename T>
-void quantize_sign(const QuantizeChunk& chunk) {
-  const QuantGroup group = chunk.group;
-  const float mix = chunk.mix;
-  const float* master = chunk.master;
-  T* working = static_cast<T*>(chunk.working);
-#pragma omp simd
-  for (std::int64_t i = 0; i < chunk.numel; ++i) {
-    const float value = dequantize(sign_code(master[i], group), group);
-    working[i] = from_float<T>(blend(mix, master[i], value));
-  }
-}
-
-template <typename T>
-void quantize_nearest(const QuantizeChunk& chunk) {
-  const QuantGroup group = chunk.group;
-  const CodeLimits limits(chunk.spec.bits, chunk.spec.q_type);
-  const float mix = chunk.mix;
-  const float* master = chunk.master;
-  T* working = static_cast<T*>(chunk.working);
-#pragma omp simd
-  for (std::int64_t i = 0; i < chunk.numel; ++i) {
-    const float value = dequantize(uniform_code(master[i], group, limits, 0.0f), group);
-    working[i] = from_float<T>(blend(mix, master[i], value));
-  }
-}
-
-/// Offsets of all elements of one stochastic block, sixteen Philox blocks at a time.
+/// Offsets of all elements of one stochastic block. [kStochasticBlock]
 void stochastic_offsets(const StochasticKey& key, std::int64_t block, float* offsets) {
-#pragma omp simd
-  for (std::uint32_t lane = 0; lane < 16; ++lane) {
-    const PhiloxBlock random = stochastic_block(key, block, lane);
+  // stochastic_counter of all lanes: even lanes in one set of 64-bit counters, odd ones in another.
+  const PhiloxBlock counter = stochastic_counter(key, block, 0);
+  const PhiloxKey philox_key = stochastic_philox_key(key);
+  LongWords lane_index, none{};
+  for (int lane = 0; lane < kLanes / 2; ++lane) lane_index[lane] = 2 * static_cast<unsigned>(lane);
+  for (int first = 0; first < 16; first += kLanes) {
+    // The counter's lanes fill its four low bits: 16 * block + lane cannot carry.
+    const LongWords even = lane_index + (std::uint64_t{counter.word[0]} + first);
+    const PhiloxLanes evens = philox(
+        PhiloxLanes{{even, none + counter.word[1], none + counter.word[2], none + counter.word[3]}},
+        philox_key);
+    const PhiloxLanes odds = philox(PhiloxLanes{{even + 1, none + counter.word[1],
+                                                 none + counter.word[2], none + counter.word[3]}},
+                                    philox_key);
     for (int word = 0; word < 4; ++word) {
-      offsets[32 * word + lane] = stochastic_offset(random.word[word] & 0xffffu);
-      offsets[32 * word + 16 + lane] = stochastic_offset(random.word[word] >> 16);
+      const Words bits =
+          reinterpret_cast<Words>((evens.word[word] & 0xffffffffu) | (odds.word[word] << 32));
+      const Words low = bits & 0xffffu, high = bits >> 16;
+      __builtin_memcpy(offsets + 32 * word + first, &low, sizeof(low));
+      __builtin_memcpy(offsets + 32 * word + 16 + first, &high, sizeof(high));
     }
   }
+#pragma omp simd
+  for (int i = 0; i < kStochasticBlock; ++i)
+    offsets[i] = stochastic_offset(std::bit_cast<std::uint32_t>(offsets[i]));
 }
 
-template <typename T>
-void quantize_stochastic(const QuantizeChunk& chunk) {
+void sign_values(const QuantizeChunk& chunk, const float* master, std::int64_t n, float* values) {
+  const QuantGroup group = chunk.group;
+  const float mix = chunk.mix;
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i)
+    values[i] = blend(mix, master[i], dequantize(sign_code(master[i], group), group));
+}
+
+void uniform_values(const QuantizeChunk& chunk, const float* master, const float* offsets,
+                    std::int64_t n, float* values) {
   const QuantGroup group = chunk.group;
   const CodeLimits limits(chunk.spec.bits, chunk.spec.q_type);
   const float mix = chunk.mix;
-  alignas(64) float offsets[kStochasticBlock];
-  for (std::int64_t begin = 0; begin < chunk.numel;) {
-    // A chunk may begin inside a block of the parameter, and end in one.
-    const std::int64_t first = (chunk.element + begin) % kStochasticBlock;
-    const std::int64_t rest = chunk.numel - begin;
-    const std::int64_t n = kStochasticBlock - first < rest ? kStochasticBlock - first : rest;
-    stochastic_offsets(chunk.key, (chunk.element + begin) / kStochasticBlock, offsets);
-    const float* master = chunk.master + begin;
-    const float* offset = offsets + first;
-    T* working = static_cast<T*>(chunk.working) + begin;
 #pragma omp simd
-    for (std::int64_t i = 0; i < n; ++i) {
-      const float value = dequantize(uniform_code(master[i], group, limits, offset[i]), group);
-      working[i] = from_float<T>(blend(mix, master[i], value));
-    }
-    begin += n;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float code = uniform_code(master[i], group, limits, offsets[i]);
+    values[i] = blend(mix, master[i], dequantize(code, group));
   }
 }
 
-template <typename T>
-void quantize_as(const QuantizeChunk& chunk) {
-  if (is_sign_quantized(chunk.spec.bits)) {
-    quantize_sign<T>(chunk);
-  } else if (chunk.spec.rounding == Rounding::nearest) {
-    quantize_nearest<T>(chunk);
-  } else {
-    quantize_stochastic<T>(chunk);
-  }
-}
+/// Elements that are quantized at a time; the tiles of a parameter begin at multiples of this.
+constexpr std::int64_t kTile = 8 * kStochasticBlock;
 
 void quantize(const QuantizeChunk& chunk) {
-  switch (chunk.dtype) {
-    case DType::f32:
-      return quantize_as<float>(chunk);
-    case DType::bf16:
-      return quantize_as<BFloat16>(chunk);
-    case DType::f16:
-      return quantize_as<Float16>(chunk);
-    default:
-      return;  // the operation admits floating dtypes only
+  const bool stochastic = chunk.spec.rounding == Rounding::stochastic;
+  alignas(64) float offsets[kTile] = {};
+  alignas(64) float values[kTile];
+  for (std::int64_t begin = 0; begin < chunk.numel;) {
+    // A chunk may begin inside a tile of its parameter, and end in one.
+    const std::int64_t in_tile = (chunk.element + begin) % kTile;
+    const std::int64_t first_block = (chunk.element + begin - in_tile) / kStochasticBlock;
+    const std::int64_t rest = chunk.numel - begin;
+    const std::int64_t n = kTile - in_tile < rest ? kTile - in_tile : rest;
+    const float* master = chunk.master + begin;
+    for (std::int64_t at = in_tile / kStochasticBlock * kStochasticBlock;
+         stochastic && at < in_tile + n; at += kStochasticBlock)
+      stochastic_offsets(chunk.key, first_block + at / kStochasticBlock, offsets + at);
+    if (is_sign_quantized(chunk.spec.bits)) {
+      sign_values(chunk, master, n, values);
+    } else {
+      uniform_values(chunk, master, offsets + in_tile, n, values);
+    }
+    dispatch(chunk.dtype, [&](auto tag) {
+      auto* working = static_cast<typename decltype(tag)::type*>(chunk.working) + begin;
+      for_each_vector(n, [&](std::int64_t i, std::int64_t count) {
+        store_lanes(working + i, load(values + i), count);
+      });
+    });
+    begin += n;
   }
 }
 
