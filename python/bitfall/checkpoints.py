@@ -19,7 +19,7 @@ def checkpoint_tag(step: int) -> str:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """checkpoint-<step> folders, oldest first."""
+    """checkpoint-<step> folders in rising order of steps."""
     found = []
     for path in output_dir.glob(f"{PREFIX}*"):
         match = re.fullmatch(rf"{PREFIX}(\d+)", path.name)
@@ -38,10 +38,14 @@ def last_checkpoint(output_dir: Path) -> Path | None:
 
 
 def remove_old_checkpoints(output_dir: Path, save_total_limit: int | None) -> None:
-    """Keeps the newest `save_total_limit` folders, all for None."""
+    """Keeps the `save_total_limit` folders that were written last, all for None.
+
+    By time and not by number: after a resume from an earlier step, higher numbers are the older.
+    """
     if save_total_limit is None:
         return
-    for path in list_checkpoints(output_dir)[:-save_total_limit]:
+    by_age = sorted(list_checkpoints(output_dir), key=lambda path: path.stat().st_mtime_ns)
+    for path in by_age[:-save_total_limit]:
         shutil.rmtree(path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -148,7 +149,8 @@ def test_resume_repeats_the_uninterrupted_run(tmp_path: Path, alone, checkpoint:
     (other / f"checkpoint-{checkpoint + 1}").rename(tmp_path / "unused")
     assert resumed.train()
     assert log_events(other) == log_events(tmp_path / "a")
-    assert resumed.state == whole.state
+    # Lines differ in the digits of tokens_per_second, hence the offset.
+    assert replace(resumed.state, log_offset=0) == replace(whole.state, log_offset=0)
 
 
 def test_signal_finishes_the_step_and_saves(tmp_path: Path, alone):
@@ -229,14 +231,16 @@ def test_log_that_lost_lines_is_refused(tmp_path: Path):
         TrainingLog(path, 1000)
 
 
-def test_old_checkpoints_go_by_number(tmp_path: Path):
-    for step in (9, 10, 100):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+def test_old_checkpoints_go_by_age(tmp_path: Path):
+    for age, step in enumerate((100, 9, 10)):  # 100: from before a resume at an earlier step
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        os.utime(folder, (1000 + age, 1000 + age))
     (tmp_path / "checkpoint-best").mkdir()
     remove_old_checkpoints(tmp_path, None)
     assert len(list_checkpoints(tmp_path)) == 3
     remove_old_checkpoints(tmp_path, 2)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
     assert (tmp_path / "checkpoint-best").is_dir()
 
 
