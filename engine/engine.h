@@ -21,7 +21,8 @@ namespace bitfall {
 struct EigenvalueResult {
   std::string name;
   int block = 0;
-  int iterations = 0;
+  int iterations = 0;  ///< of power iteration
+  int products = 0;    ///< Hessian-vector products that they took
   bool converged = false;
   double value = 0;       ///< largest |eigenvalue|
   double normalized = 0;  ///< ev in [0, 1]

@@ -37,7 +37,8 @@ class BitDrop(TypedDict):
 class Eigenvalue(TypedDict):
     name: str
     block: int
-    iterations: int
+    iterations: int  # of power iteration
+    products: int  # Hessian-vector products that they took
     converged: bool
     value: float  # largest |eigenvalue|
     normalized: float  # in [0, 1]
