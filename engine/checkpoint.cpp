@@ -1,0 +1,175 @@
+#include "engine/checkpoint.h"
+
+#include <set>
+
+#include "core/error.h"
+#include "engine/atomic_file.h"
+#include "engine/checkpoint_files.h"
+#include "engine/checkpoint_state.h"
+#include "engine/safetensors.h"
+
+namespace bitfall {
+namespace {
+
+namespace fs = std::filesystem;
+
+const std::string kModelFile = "model.safetensors";
+const std::string kOptimizerFile = "optimizer.safetensors";
+const std::string kStateFile = "state.json";
+const std::string kLatestFile = "latest";
+const std::vector<std::string> kFiles = {kModelFile, kOptimizerFile, kStateFile};
+
+/// One flat buffer in a file: tensor names are the parameter's with this ending.
+struct Part {
+  Tensor flat;
+  std::string ending;
+};
+
+std::vector<Part> optimizer_parts(const CheckpointTensors& tensors) {
+  return {{tensors.exp_avg, ".exp_avg"}, {tensors.exp_avg_sq, ".exp_avg_sq"}};
+}
+
+std::vector<std::int64_t> dims(const Shape& shape) {
+  std::vector<std::int64_t> result;
+  for (std::size_t axis = 0; axis < shape.rank(); ++axis) result.push_back(shape[axis]);
+  return result;
+}
+
+std::span<float> host_floats(std::vector<float>& values, std::int64_t numel) {
+  values.resize(static_cast<std::size_t>(numel));
+  return values;
+}
+
+Tensor host_tensor(std::span<float> values) {
+  return {values.data(), DType::f32, Shape{static_cast<std::int64_t>(values.size())}, Device::cpu};
+}
+
+void write_tensors(const fs::path& path, Backend& backend, const ParameterStore& store,
+                   const std::vector<Part>& parts) {
+  std::vector<SafetensorsInfo> infos;
+  for (const Part& part : parts) {
+    for (const Parameter& parameter : store.parameters()) {
+      infos.push_back({parameter.name + part.ending, "F32", dims(parameter.shape)});
+    }
+  }
+  SafetensorsWriter writer(path, infos);
+  std::vector<float> buffer;
+  for (const Part& part : parts) {
+    for (const Parameter& parameter : store.parameters()) {
+      const std::span<float> values = host_floats(buffer, parameter.numel);
+      backend.copy(part.flat.flat_slice(parameter.offset, parameter.numel), host_tensor(values));
+      writer.write(std::as_bytes(values));
+    }
+  }
+  writer.commit();
+}
+
+void read_tensors(const fs::path& path, Backend& backend, const ParameterStore& store,
+                  const std::vector<Part>& parts) {
+  const SafetensorsFile file(path);
+  std::vector<float> buffer;
+  for (const Part& part : parts) {
+    for (const Parameter& parameter : store.parameters()) {
+      const std::span<float> values = host_floats(buffer, parameter.numel);
+      file.read_f32(file.at(parameter.name + part.ending), values);
+      backend.copy(host_tensor(values), part.flat.flat_slice(parameter.offset, parameter.numel));
+    }
+  }
+}
+
+/// Names and shapes of the file are exactly those of the model.
+void check_fits(const fs::path& path, const ParameterStore& store,
+                const std::vector<std::string>& endings) {
+  const SafetensorsFile file(path);
+  std::size_t expected = 0;
+  for (const std::string& ending : endings) {
+    for (const Parameter& parameter : store.parameters()) {
+      ++expected;
+      const SafetensorsTensor* tensor = file.find(parameter.name + ending);
+      check<CheckpointError>(tensor != nullptr, path.string(), ": has no '", parameter.name, ending,
+                             "', it belongs to another model; resume with the model it was "
+                             "trained from");
+      check<CheckpointError>(tensor->shape == dims(parameter.shape) && tensor->dtype == "F32",
+                             path.string(), ": '", tensor->name, "' is ", tensor->dtype, " ",
+                             tensor->shape_text(), ", but the model has F32 ",
+                             parameter.shape.to_string(), "; resume with the same model");
+    }
+  }
+  check<CheckpointError>(file.tensors().size() == expected, path.string(), ": has ",
+                         file.tensors().size(), " tensors, but the model has ", expected,
+                         "; resume with the model it was trained from");
+}
+
+/// A tag is one folder name.
+void check_tag(const std::string& tag, const fs::path& where) {
+  const bool plain = !tag.empty() && tag.find_first_of("/\n\r") == std::string::npos &&
+                     tag.front() != '.' && tag.size() <= 200;
+  check<CheckpointError>(plain, where.string(), ": '", tag.substr(0, 60),
+                         "' is no checkpoint tag; expected a folder name like global_step100");
+}
+
+std::string latest_tag(const fs::path& directory) {
+  const fs::path latest = directory / kLatestFile;
+  check<CheckpointError>(fs::exists(latest), directory.string(),
+                         ": no checkpoint here (no file 'latest'); give the folder that holds it");
+  std::string tag = read_text(latest);
+  while (!tag.empty() && (tag.back() == '\n' || tag.back() == '\r')) tag.pop_back();
+  check_tag(tag, latest);
+  return tag;
+}
+
+}  // namespace
+
+void save_checkpoint(const fs::path& directory, const std::string& tag, Backend& backend,
+                     const ParameterStore& store, const CheckpointTensors& tensors,
+                     const TrainingState& state) {
+  check_tag(tag, directory);
+  try {
+    StagedFolder folder(directory, tag);
+    write_tensors(folder.path() / kModelFile, backend, store, {{tensors.master, ""}});
+    write_tensors(folder.path() / kOptimizerFile, backend, store, optimizer_parts(tensors));
+    AtomicFile state_file(folder.path() / kStateFile);
+    state_file.write(to_json_text(state));
+    state_file.commit();
+    AtomicFile checksum_file(folder.path() / kChecksumFile);
+    checksum_file.write(checksums_of(folder.path(), kFiles));
+    checksum_file.commit();
+    folder.commit();
+    AtomicFile latest(directory / kLatestFile);
+    latest.write(tag);
+    latest.commit();
+  } catch (const ModelFileError& error) {
+    throw CheckpointError(concat("cannot write checkpoint ", (directory / tag).string(), ": ",
+                                 error.what(), "; earlier checkpoints are untouched"));
+  }
+}
+
+LoadedCheckpoint::LoadedCheckpoint(const fs::path& directory, const std::string& tag,
+                                   const ParameterStore& store, const std::string& config) {
+  if (!tag.empty()) check_tag(tag, directory);
+  folder_ = directory / (tag.empty() ? latest_tag(directory) : tag);
+  check<CheckpointError>(fs::is_directory(folder_), folder_.string(),
+                         ": there is no such checkpoint");
+  verify_checksums(folder_, kFiles);
+  const fs::path state_path = folder_ / kStateFile;
+  state_ = parse_training_state(read_text(state_path), state_path.string());
+  check_same_config(state_.config, config, state_path.string());
+  try {
+    check_fits(folder_ / kModelFile, store, {""});
+    check_fits(folder_ / kOptimizerFile, store, {".exp_avg", ".exp_avg_sq"});
+  } catch (const ModelFileError& error) {
+    throw CheckpointError(error.what());
+  }
+}
+
+void LoadedCheckpoint::read(Backend& backend, const ParameterStore& store,
+                            const CheckpointTensors& tensors) const {
+  try {
+    read_tensors(folder_ / kModelFile, backend, store, {{tensors.master, ""}});
+    read_tensors(folder_ / kOptimizerFile, backend, store, optimizer_parts(tensors));
+  } catch (const ModelFileError& error) {
+    throw CheckpointError(error.what());
+  }
+}
+
+}  // namespace bitfall
