@@ -66,7 +66,9 @@ class FineTuning:
 
     def run(self) -> int:
         """Trains, evaluates and predicts as the flags ask."""
-        self._prepare_output_dir()
+        if self.is_first:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.communicator.barrier()
         if not self.arguments.do_train and not has_classifier(self.model_dir):
             warnings.warn(
                 f"{self.model_dir}: no classifier in it; its scores will be those of a random one",
@@ -104,14 +106,6 @@ class FineTuning:
             return 1
         plan = BatchPlan(len(self._train_data), train_batch_size, 1, 0)
         return plan.total_steps(self.arguments.num_train_epochs, self.arguments.max_steps)
-
-    def _prepare_output_dir(self) -> None:
-        """Created by rank 0; earlier checkpoints go if the run starts anew."""
-        if self.is_first:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            if self.arguments.do_train and self.checkpoint is None:
-                clear_earlier_run(self.output_dir)
-        self.communicator.barrier()
 
     def _train_and_report(self) -> int:
         plan = BatchPlan(
@@ -211,9 +205,11 @@ class FineTuning:
         }
 
     def _open_recorder(self, state: LoopState) -> Recorder:
-        """The log is cut back to the checkpoint; without one a new log begins."""
+        """The log is cut back to the checkpoint; without one everything begins anew."""
         if not self.is_first:
             return Recorder(self.config, self.progress, None, None)
+        if self.checkpoint is None:
+            clear_earlier_run(self.output_dir)
         log = TrainingLog(self.output_dir / LOG_NAME, state.log_offset)
         directories = log_directories(
             self.config, self.output_dir, self.arguments.uses_tensorboard()

@@ -133,9 +133,12 @@ def _merged(states: Sequence[PlannedState]) -> list[tuple[str, PlannedState]]:
 
 
 def _join_names(names: Sequence[str]) -> str:
-    if len(names) == 1:
-        return names[0]
-    last_number = re.search(r"(\d+)$", names[-1])
-    if last_number and re.search(r"\d+$", names[0]):
-        return f"{names[0]}..{last_number.group(1)}"
-    return f"{names[0]} and {len(names) - 1} more"
+    """Blocks as "layer.0..5", anything else by its name."""
+    blocks = [name for name in names if re.search(r"\d+$", name)]
+    parts = [name for name in names if name not in blocks]
+    if len(blocks) > 1:
+        last_number = blocks[-1].rsplit(".", 1)[-1]
+        parts.insert(0, f"{blocks[0]}..{last_number}")
+    else:
+        parts = blocks + parts
+    return " and ".join(parts)
