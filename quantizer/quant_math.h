@@ -136,14 +136,6 @@ BITFALL_INLINE float blend(float mix, float g, float value) {
 #endif
 }
 
-/// Order of the sums behind ternary and binary scales: the group is cut into chunks of
-/// kQuantSumChunk elements; in a chunk, f64 lane i adds elements i, i + kQuantSumLanes, ... in
-/// rising order; the lanes are then folded in halves (lane i += lane i + half); chunk sums are
-/// added in rising order. So threads of a CPU or blocks of a GPU can share the work and get one
-/// result.
-inline constexpr std::int64_t kQuantSumChunk = 16384;
-inline constexpr int kQuantSumLanes = 256;
-
 /// Sum of the magnitudes above a threshold, and how many there are.
 struct MagnitudeSum {
   double sum = 0;
@@ -152,6 +144,31 @@ struct MagnitudeSum {
 
 /// Below every magnitude: sums all elements.
 inline constexpr float kNoThreshold = -1.0f;
+
+/// Order of the sums behind ternary and binary scales: the group is cut into chunks of
+/// kQuantSumChunk elements; chunk sums are added in rising order. So threads of a CPU or blocks of
+/// a GPU can share the work and get one result.
+inline constexpr std::int64_t kQuantSumChunk = 16384;
+
+/// Magnitudes above `threshold` of one chunk, n <= kQuantSumChunk: f64 lane i of 256 adds elements
+/// i, i + 256, ... in rising order; then the lanes are folded in halves (lane i += lane i + half).
+BITFALL_INLINE MagnitudeSum magnitude_sum(const float* x, std::int64_t n, float threshold) {
+  constexpr int kSumLanes = 256;
+  double sums[kSumLanes] = {};
+  std::int32_t count = 0;
+  for (std::int64_t row = 0; row < n; row += kSumLanes) {
+    const std::int64_t lanes = n - row < kSumLanes ? n - row : kSumLanes;
+    for (std::int64_t lane = 0; lane < lanes; ++lane) {
+      const float value = magnitude(x[row + lane]);
+      sums[lane] += static_cast<double>(value > threshold ? value : 0.0f);
+      count += value > threshold ? 1 : 0;
+    }
+  }
+  for (int half = kSumLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  }
+  return {sums[0], count};
+}
 
 /// Ternary: magnitudes up to 0.7 mean|g| become 0 (Li et al., "Ternary weight networks", 2016).
 /// `all` is the sum over the whole group.

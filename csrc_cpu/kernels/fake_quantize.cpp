@@ -17,22 +17,8 @@ void widen_range(const float* x, std::int64_t n, QuantRange& range) {
   range.max_key = max_key;
 }
 
-MagnitudeSum magnitude_sum(const float* x, std::int64_t n, float threshold) {
-  double sums[kQuantSumLanes] = {};
-  std::int32_t count = 0;
-  for (std::int64_t row = 0; row < n; row += kQuantSumLanes) {
-    const std::int64_t lanes = n - row < kQuantSumLanes ? n - row : kQuantSumLanes;
-#pragma omp simd reduction(+ : count)
-    for (std::int64_t lane = 0; lane < lanes; ++lane) {
-      const float value = magnitude(x[row + lane]);
-      sums[lane] += static_cast<double>(value > threshold ? value : 0.0f);
-      count += value > threshold ? 1 : 0;
-    }
-  }
-  for (int half = kQuantSumLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-  }
-  return {sums[0], count};
+MagnitudeSum chunk_sum(const float* x, std::int64_t n, float threshold) {
+  return magnitude_sum(x, n, threshold);
 }
 
 /// Offsets of all elements of one stochastic block. [kStochasticBlock]
@@ -119,6 +105,6 @@ void quantize(const QuantizeChunk& chunk) {
 }  // namespace
 
 extern const FakeQuantizeKernels fake_quantize_kernels;
-const FakeQuantizeKernels fake_quantize_kernels{widen_range, magnitude_sum, quantize};
+const FakeQuantizeKernels fake_quantize_kernels{widen_range, chunk_sum, quantize};
 
 }  // namespace bitfall::BITFALL_ISA
