@@ -46,7 +46,7 @@ class TextEncoder:
         if second is not None and self._type_vocab_size < 2:
             raise DataError("the model has type_vocab_size 1: it cannot tell sentence pairs apart")
         texts = first if second is None else list(zip(first, second, strict=True))
-        return self._tokenizer.encode_batch(texts)
+        return self._tokenizer.encode_batch_fast(texts)  # without offsets
 
 
 def copy_tokenizer_files(model_dir: Path, output_dir: Path) -> None:
