@@ -1,0 +1,72 @@
+// Engine: checkpoints, the same on every rank.
+#include <cstring>
+
+#include "core/error.h"
+#include "engine/eigenvalue_boundary.h"
+#include "engine/engine.h"
+
+namespace bitfall {
+
+CheckpointTensors Engine::checkpoint_tensors() const {
+  return {store_.master(), optimizer_.exp_avg(), optimizer_.exp_avg_sq()};
+}
+
+void Engine::agree(const std::string& error) const {
+  std::vector<std::byte> mine(error.size());
+  std::memcpy(mine.data(), error.data(), error.size());
+  for (const std::vector<std::byte>& bytes : communicator_.all_gather(mine)) {
+    if (bytes.empty()) continue;
+    throw CheckpointError(std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size()));
+  }
+}
+
+void Engine::save_checkpoint(const std::filesystem::path& directory, const std::string& tag,
+                             const std::string& client_state) {
+  std::string error;
+  if (communicator_.rank() == 0) {
+    TrainingState state = state_;
+    state.optimizer_steps = optimizer_.steps();
+    state.loss_scaler = loss_scaler_.state();
+    if (bit_schedule_) state.bit_schedule = bit_schedule_->state();
+    state.config = config_.json;
+    state.client_state = client_state;
+    try {
+      bitfall::save_checkpoint(directory, tag, *backend_, store_, checkpoint_tensors(), state);
+    } catch (const std::exception& failure) {
+      error = failure.what();
+    }
+  }
+  agree(error);
+}
+
+std::string Engine::load_checkpoint(const std::filesystem::path& directory,
+                                    const std::string& tag) {
+  std::string error;
+  std::optional<LoadedCheckpoint> loaded;
+  std::optional<BitSchedule> schedule;
+  LossScaler scaler(config().loss_scale);
+  try {
+    loaded.emplace(directory, tag, store_, config_.json);
+    scaler.restore(loaded->state().loss_scaler);
+    if (bit_schedule_) {
+      schedule.emplace(*bit_schedule_);
+      schedule->restore(loaded->state().bit_schedule);
+    }
+  } catch (const std::exception& failure) {
+    error = failure.what();
+  }
+  agree(error);  // from here on nothing can fail for what the checkpoint holds
+
+  loaded->read(*backend_, store_, checkpoint_tensors());
+  state_ = loaded->state();
+  optimizer_.set_steps(state_.optimizer_steps);
+  loss_scaler_ = scaler;
+  if (schedule) bit_schedule_->restore(schedule->state());
+  evaluation_buffer_ = Buffer();
+  binding_ = Binding::none;
+  publish_weights();
+  communicator_.barrier();
+  return state_.client_state;
+}
+
+}  // namespace bitfall
