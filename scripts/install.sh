@@ -19,7 +19,7 @@ TEXT
 }
 
 packages=(g++ cmake ninja-build libdnnl-dev libopenmpi-dev openmpi-bin nlohmann-json3-dev)
-dev_packages=(libgtest-dev libgmock-dev ccache clang libclang-rt-dev clang-format)
+dev_packages=(git libgtest-dev libgmock-dev ccache clang libclang-rt-dev clang-format)
 extras=()
 
 while (($#)); do
@@ -114,7 +114,7 @@ source_stamp() {
   {
     echo "$*"
     find CMakeLists.txt pyproject.toml cmake core quantizer eigen_sched csrc_cpu engine python \
-      -type f -not -path '*/__pycache__/*' -print0 | sort -z | xargs -0 sha256sum
+      -type f -not -path '*/__pycache__/*' -not -name '*.so' -print0 | sort -z | xargs -0 sha256sum
   } | sha256sum
 }
 

@@ -188,6 +188,10 @@ def config_section(log: TrainingLog) -> str:
         whole = sum(timings.values()) or 1.0
         rows = [[k, f"{s:,.1f}", f"{100 * s / whole:.1f}%"] for k, s in timings.items()]
         body += table(["phase", "seconds", "share"], rows)
+    memory = _dict_of(log, "memory_bytes", (int,))
+    if memory:
+        rows = [[name, megabytes(count)] for name, count in memory.items()]
+        body += details("Memory of one process", table(["buffers", "size"], rows))
     config = log.start.get("config")
     if isinstance(config, str):
         try:
@@ -201,7 +205,9 @@ def config_section(log: TrainingLog) -> str:
         rows = [[key, json.dumps(value), str(origins.get(key, ""))] for key, value in values]
         listing = table(["key", "value", "from"], rows, text_columns=(1, 2))
         body += details(f"All {len(rows)} values of the configuration", listing)
-    return section("Run", "Where the time went, and the configuration as it was used.", body)
+    return section(
+        "Run", "Where the time and the memory went, and the configuration as it was used.", body
+    )
 
 
 def _dict_of(log: TrainingLog, key: str, kinds: tuple[type, ...]) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def end_event(**fields):
         "quantization_error": weights,
         "quantized_sizes": dict.fromkeys(weights, size),
         "timings": {"forward": 3.0, "backward": 1.0},
+        "memory_bytes": {"master weights": 12_300_000},
         **fields,
     }
 
@@ -124,6 +125,7 @@ def test_finished_run_has_every_section(tmp_path):
     assert "20.0 MB" in text  # 5 weights of 4 MB
     assert "5.0 MB" in text
     assert "4.00 times smaller" in text
+    assert "12.3 MB" in text  # memory
     assert "1.23%" in text  # error of the word embeddings
     assert "flag --learning_rate" in text
     assert "2 stopped at max_iter" in text  # block 0 of two computations
