@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from typing import TYPE_CHECKING, NoReturn
 
 from bitfall.errors import ArgumentsError, InputError
@@ -53,6 +54,7 @@ class CommandParser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit code. Known errors become one message on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    warnings.formatwarning = lambda message, *_, **__: f"bitfall: warning: {message}\n"
     try:
         return _dispatch(argv)
     except KeyboardInterrupt:

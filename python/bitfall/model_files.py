@@ -13,7 +13,8 @@ from bitfall.tokenization import TOKENIZER_FILES
 if TYPE_CHECKING:
     from bitfall._core import Communicator
 
-MODEL_FILES = ("config.json", "model.safetensors")
+MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+HEAD_WEIGHT = "classifier.weight"
 HEADER_LIMIT_BYTES = 100_000_000  # largest header that safetensors allows
 
 
@@ -35,15 +36,18 @@ def resolve_model(name: str, communicator: Communicator) -> Path:
 
 
 def has_classifier(model_dir: Path) -> bool:
-    """True if model.safetensors holds the classification head. False for unreadable files too:
-    the engine reports those."""
+    """True if the weight files hold the classification head. False for unreadable files too: the
+    engine reports those."""
+    index = model_dir / "model.safetensors.index.json"
     try:
+        if index.is_file():
+            return HEAD_WEIGHT in json.loads(index.read_bytes())["weight_map"]
         with (model_dir / "model.safetensors").open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(size, HEADER_LIMIT_BYTES)))
-    except (OSError, ValueError, struct.error):
+    except (OSError, ValueError, LookupError, TypeError, struct.error):
         return False
-    return isinstance(header, dict) and "classifier.weight" in header
+    return isinstance(header, dict) and HEAD_WEIGHT in header
 
 
 def _download(name: str) -> Path:

@@ -29,9 +29,9 @@ class TextEncoder:
         """Raises DataError if the folder has no tokenizer or one that does not fit the model."""
         settings = _read_settings(model_dir / "tokenizer_config.json")
         self._tokenizer = _load_tokenizer(model_dir, settings)
-        self._type_vocab_size = int(model_config.get("type_vocab_size", 2))
+        self._type_vocab_size = _size({"type_vocab_size": 2} | model_config, "type_vocab_size")
         largest_id = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        vocab_size = int(model_config["vocab_size"])
+        vocab_size = _size(model_config, "vocab_size")
         if largest_id >= vocab_size:
             raise DataError(
                 f"{model_dir}: the tokenizer has {largest_id + 1} tokens, but the model's"
@@ -91,14 +91,21 @@ def _load_tokenizer(model_dir: Path, settings: dict[str, Any]) -> Tokenizer:
     raise DataError(f"{model_dir}: neither tokenizer.json nor vocab.txt; a BERT folder has one")
 
 
+def _size(model_config: dict[str, Any], key: str) -> int:
+    value = model_config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise DataError(f"the model's config.json: {key} is {value!r}, expected a positive integer")
+    return value
+
+
 def _limited_length(
     max_seq_length: int, model_config: dict[str, Any], settings: dict[str, Any]
 ) -> int:
     """`max_seq_length`, or the model's limit with a warning where that is smaller."""
-    limit = int(model_config["max_position_embeddings"])
+    limit = _size(model_config, "max_position_embeddings")
     model_max_length = settings.get("model_max_length")
-    if isinstance(model_max_length, (int, float)):
-        limit = min(limit, int(model_max_length))
+    if isinstance(model_max_length, int | float):
+        limit = int(min(limit, model_max_length))
     if max_seq_length > limit:
         warnings.warn(
             f"--max_seq_length {max_seq_length} is above the model's limit: using {limit}",

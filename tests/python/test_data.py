@@ -61,6 +61,8 @@ def test_limits_and_misfits(tiny_model_dir: Path, tmp_path: Path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read as a tokenizer"):
         TextEncoder(tmp_path, TINY_CONFIG, 16)
+    with pytest.raises(DataError, match="vocab_size is None, expected a positive integer"):
+        TextEncoder(tiny_model_dir, {}, 16)
     single = TextEncoder(tiny_model_dir, TINY_CONFIG | {"type_vocab_size": 1}, 16)
     with pytest.raises(DataError, match="pairs"):
         single.encode(["a"], ["b"])
