@@ -5,7 +5,10 @@
 // like the family (matmul.cpp, attention.cpp, ...).
 #pragma once
 
+#include <functional>
+#include <initializer_list>
 #include <memory>
+#include <vector>
 
 #include "core/backend.h"
 #include "csrc_cpu/kernels/kernels.h"
@@ -96,12 +99,17 @@ class CpuBackend final : public Backend {
                      const Tensor& master, const Tensor& working) override;
 
  private:
+  using AfterRows = std::function<void(std::int64_t begin, std::int64_t end)>;
+
   /// Memory of at least `bytes` that the next call may overwrite; grows and is kept between steps.
   void* scratch(std::size_t bytes);
-  /// c (+)= a b (+ bias), by way of f32 copies where the CPU does not multiply the dtype itself.
-  /// `spec` need not name dtypes.
-  void product(MatmulSpec spec, const Tensor& a, const Tensor& b, const Tensor& bias,
-               const Tensor& c);
+  /// y (+)= x weight (+ bias), by way of f32 copies where the CPU does not multiply the dtype.
+  void multiply_rows(const MatmulSpec& spec, const Tensor& x, const Tensor& weight,
+                     const Tensor& bias, const Tensor& y, const AfterRows& after);
+  /// f32 copies of `tensors`, one behind the other in scratch memory; empty ones stay empty.
+  std::vector<Tensor> f32_copies(std::initializer_list<Tensor> tensors);
+  void add_weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& dweight,
+                           Accumulate accumulate);
   /// sums [N] f32 (+)= column sums of x [R, N], in an order that depends on R alone.
   void column_sums(const Tensor& x, const Tensor& sums, Accumulate accumulate);
 

@@ -9,44 +9,133 @@
 namespace bitfall {
 namespace {
 
-/// Checks x [R, K], weight [N, K] and y [R, N] of one dtype.
-void check_linear(const char* operation, const Tensor& x, const Tensor& weight, const Tensor& y) {
+constexpr std::int64_t kRowsAfter = 64;  ///< rows per call of what follows a product
+
+/// Checks x [R, K], weight [N, K], bias [N] or empty, and y [R, N], all of one dtype.
+void check_linear(const char* operation, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                  const Tensor& y) {
   check_rank(operation, "weight", weight, 2);
-  check_rank(operation, "rows", x, 2);
-  check_floating(operation, "rows", x);
-  check_tensor(operation, "weight", weight, x.dtype, Shape{weight.shape[0], x.shape[1]});
-  check_tensor(operation, "result", y, x.dtype, Shape{x.shape[0], weight.shape[0]});
+  check_rank(operation, "rows of K", x, 2);
+  check_floating(operation, "rows of K", x);
+  const std::int64_t n = weight.shape[0], k = weight.shape[1];
+  check<ShapeError>(n > 0 && k > 0, operation, ": weight has shape ", weight.shape.to_string(),
+                    ", expected at least one element");
+  check_tensor(operation, "weight", weight, x.dtype, weight.shape);
+  check_tensor(operation, "rows of K", x, x.dtype, Shape{x.shape[0], k});
+  check_tensor(operation, "rows of N", y, x.dtype, Shape{x.shape[0], n});
+  if (bias) check_tensor(operation, "bias", bias, x.dtype, Shape{n});
+}
+
+MatmulSpec forward_spec(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  return {.n = weight.shape[0],
+          .k = weight.shape[1],
+          .transpose = Transpose::yes,
+          .accumulate = Accumulate::no,
+          .has_bias = static_cast<bool>(bias),
+          .dtype = x.dtype};
 }
 
 }  // namespace
 
-void CpuBackend::product(MatmulSpec spec, const Tensor& a, const Tensor& b, const Tensor& bias,
-                         const Tensor& c) {
-  if (c.numel() == 0) return;
-  if (spec.k == 0) {
-    // No rows to sum over: the gradient of an empty batch.
-    if (spec.accumulate == Accumulate::no) fill_zero(c);
-    return;
-  }
-  spec.has_bias = static_cast<bool>(bias);
-  if (matmul_->is_native(a.dtype)) {
-    spec.operands = a.dtype;
-    spec.result = c.dtype;
-    matmul_->run(spec, a.data, b.data, bias.data, c.data);
-    return;
-  }
-  const std::int64_t numel = a.numel() + b.numel() + bias.numel() + c.numel();
+std::vector<Tensor> CpuBackend::f32_copies(std::initializer_list<Tensor> tensors) {
+  std::int64_t numel = 0;
+  for (const Tensor& tensor : tensors) numel += tensor.numel();
   auto* next = static_cast<float*>(scratch(static_cast<std::size_t>(numel) * sizeof(float)));
-  const auto convert = [&](const Tensor& tensor) -> Tensor {
-    const Tensor converted{next, DType::f32, tensor.shape};
+  std::vector<Tensor> copies;
+  for (const Tensor& tensor : tensors) {
+    copies.push_back({tensor ? next : nullptr, DType::f32, tensor.shape});
+    if (tensor) cast(tensor, copies.back());
     next += tensor.numel();
-    if (tensor) cast(tensor, converted);
-    return converted;
-  };
-  const Tensor a_f32 = convert(a), b_f32 = convert(b), bias_f32 = convert(bias);
-  const Tensor c_f32 = c.dtype == DType::f32 ? c : convert(c);
-  matmul_->run(spec, a_f32.data, b_f32.data, bias_f32.data, c_f32.data);
-  if (c.dtype != DType::f32) cast(c_f32, c);
+  }
+  return copies;
+}
+
+void CpuBackend::multiply_rows(const MatmulSpec& spec, const Tensor& x, const Tensor& weight,
+                               const Tensor& bias, const Tensor& y, const AfterRows& after) {
+  const std::int64_t rows = x.shape[0];
+  if (rows == 0) return;
+  if (matmul_->is_native(spec.dtype)) {
+    matmul_->multiply(spec, {rows, x.data, weight.data, bias.data, y.data}, after);
+    return;
+  }
+  const std::vector<Tensor> f32 = f32_copies({x, weight, bias, y});
+  MatmulSpec f32_spec = spec;
+  f32_spec.dtype = DType::f32;
+  matmul_->multiply(f32_spec, {rows, f32[0].data, f32[1].data, f32[2].data, f32[3].data}, {});
+  cast(f32[3], y);
+  if (after) parallel_ranges(rows, kRowsAfter, after);
+}
+
+void CpuBackend::linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                const Tensor& y) {
+  check_linear("linear_forward", x, weight, bias, y);
+  multiply_rows(forward_spec(x, weight, bias), x, weight, bias, y, {});
+}
+
+void CpuBackend::linear_activation_forward(const Tensor& x, const Tensor& weight,
+                                           const Tensor& bias, Activation activation,
+                                           const Tensor& pre_activation, const Tensor& y) {
+  constexpr const char* kName = "linear_activation_forward";
+  check_linear(kName, x, weight, bias, pre_activation);
+  check_tensor(kName, "y", y, x.dtype, pre_activation.shape);
+  const std::int64_t columns = weight.shape[0];
+  multiply_rows(forward_spec(x, weight, bias), x, weight, bias, pre_activation,
+                [&](std::int64_t begin, std::int64_t end) {
+                  kernels_.elementwise->activation_forward(
+                      activation, y.dtype, element(pre_activation, begin * columns),
+                      element(y, begin * columns), (end - begin) * columns);
+                });
+}
+
+void CpuBackend::linear_backward_input(const Tensor& dy, const Tensor& weight, const Tensor& dx,
+                                       Accumulate accumulate) {
+  check_linear("linear_backward_input", dx, weight, {}, dy);
+  const MatmulSpec spec{.n = weight.shape[1],
+                        .k = weight.shape[0],
+                        .transpose = Transpose::no,
+                        .accumulate = accumulate,
+                        .has_bias = false,
+                        .dtype = dy.dtype};
+  multiply_rows(spec, dy, weight, {}, dx, {});
+}
+
+void CpuBackend::linear_backward_weight(const Tensor& dy, const Tensor& x, const Tensor& dweight,
+                                        const Tensor& dbias, Accumulate accumulate) {
+  constexpr const char* kName = "linear_backward_weight";
+  check_rank(kName, "dweight", dweight, 2);
+  check_rank(kName, "x", x, 2);
+  check_floating(kName, "x", x);
+  const std::int64_t rows = x.shape[0], n = dweight.shape[0], k = dweight.shape[1];
+  check<ShapeError>(n > 0 && k > 0, kName, ": dweight has shape ", dweight.shape.to_string(),
+                    ", expected at least one element");
+  check_tensor(kName, "x", x, x.dtype, Shape{rows, k});
+  check_tensor(kName, "dy", dy, x.dtype, Shape{rows, n});
+  check_tensor(kName, "dweight", dweight, DType::f32, Shape{n, k});
+  if (dbias) check_tensor(kName, "dbias", dbias, DType::f32, Shape{n});
+  if (rows > 0) {
+    add_weight_gradient(dy, x, dweight, accumulate);
+  } else if (accumulate == Accumulate::no) {
+    fill_zero(dweight);
+  }
+  if (dbias) column_sums(dy, dbias, accumulate);
+}
+
+void CpuBackend::add_weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& dweight,
+                                     Accumulate accumulate) {
+  WeightGradientSpec spec{x.shape[0], dweight.shape[0], dweight.shape[1], x.dtype};
+  // oneDNN cannot add to a weight gradient: the old one waits in scratch memory.
+  const bool native = matmul_->is_native(x.dtype);
+  const Tensor old = accumulate == Accumulate::yes ? dweight : Tensor{};
+  const Tensor convert_dy = native ? Tensor{} : dy, convert_x = native ? Tensor{} : x;
+  const std::vector<Tensor> f32 = f32_copies({old, convert_dy, convert_x});
+  if (!native) spec.dtype = DType::f32;
+  matmul_->weight_gradient(spec, native ? dy.data : f32[1].data, native ? x.data : f32[2].data,
+                           dweight.as<float>());
+  if (!old) return;
+  parallel_ranges(dweight.numel(), 8192, [&](std::int64_t begin, std::int64_t end) {
+    kernels_.elementwise->accumulate(DType::f32, element(f32[0], begin),
+                                     dweight.as<float>() + begin, end - begin);
+  });
 }
 
 void CpuBackend::column_sums(const Tensor& x, const Tensor& sums, Accumulate accumulate) {
@@ -64,50 +153,6 @@ void CpuBackend::column_sums(const Tensor& x, const Tensor& sums, Accumulate acc
   });
   if (accumulate == Accumulate::no) fill_zero(sums);
   kernels_.elementwise->column_sums(DType::f32, partial_sums, partials, columns, sums.as<float>());
-}
-
-void CpuBackend::linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                const Tensor& y) {
-  check_linear("linear_forward", x, weight, y);
-  if (bias) check_tensor("linear_forward", "bias", bias, x.dtype, Shape{weight.shape[0]});
-  product({.m = x.shape[0], .n = weight.shape[0], .k = x.shape[1], .b = Transpose::yes}, x, weight,
-          bias, y);
-}
-
-void CpuBackend::linear_activation_forward(const Tensor& x, const Tensor& weight,
-                                           const Tensor& bias, Activation activation,
-                                           const Tensor& pre_activation, const Tensor& y) {
-  linear_forward(x, weight, bias, pre_activation);
-  check_tensor("linear_activation_forward", "y", y, x.dtype, pre_activation.shape);
-  parallel_ranges(y.numel(), 8192, [&](std::int64_t begin, std::int64_t end) {
-    kernels_.elementwise->activation_forward(activation, y.dtype, element(pre_activation, begin),
-                                             element(y, begin), end - begin);
-  });
-}
-
-void CpuBackend::linear_backward_input(const Tensor& dy, const Tensor& weight, const Tensor& dx,
-                                       Accumulate accumulate) {
-  check_linear("linear_backward_input", dx, weight, dy);
-  product({.m = dy.shape[0], .n = weight.shape[1], .k = dy.shape[1], .accumulate = accumulate}, dy,
-          weight, {}, dx);
-}
-
-void CpuBackend::linear_backward_weight(const Tensor& dy, const Tensor& x, const Tensor& dweight,
-                                        const Tensor& dbias, Accumulate accumulate) {
-  constexpr const char* kName = "linear_backward_weight";
-  check_rank(kName, "x", x, 2);
-  check_rank(kName, "dy", dy, 2);
-  check_floating(kName, "x", x);
-  check_tensor(kName, "dy", dy, x.dtype, Shape{x.shape[0], dy.shape[1]});
-  check_tensor(kName, "dweight", dweight, DType::f32, Shape{dy.shape[1], x.shape[1]});
-  if (dbias) check_tensor(kName, "dbias", dbias, DType::f32, Shape{dy.shape[1]});
-  product({.m = dy.shape[1],
-           .n = x.shape[1],
-           .k = x.shape[0],
-           .a = Transpose::yes,
-           .accumulate = accumulate},
-          dy, x, {}, dweight);
-  if (dbias) column_sums(dy, dbias, accumulate);
 }
 
 }  // namespace bitfall

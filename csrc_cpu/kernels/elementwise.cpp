@@ -17,14 +17,17 @@ struct Gelu {
   }
 };
 
+/// 0.5 (1 + tanh(u)) = 1 / (1 + e^(-2 u)), which does not cancel where u is negative.
 struct GeluTanh {
   BITFALL_INLINE static Activated evaluate(Floats x) {
-    constexpr float kSqrt2OverPi = 0.79788456f;
+    constexpr float kScale = 2 * 0.79788456f;  // 2 sqrt(2 / pi)
     const Floats square = x * x;
-    const Floats t = tanh(kSqrt2OverPi * x * (1.0f + 0.044715f * square));
-    const Floats inner_slope = kSqrt2OverPi * (1.0f + 3.0f * 0.044715f * square);
-    const Floats half = 0.5f * (1.0f + t);
-    return {x * half, half + 0.5f * x * (1.0f - t * t) * inner_slope};
+    const Floats twice_u = kScale * x * (1.0f + 0.044715f * square);
+    const Floats e = exp(-abs(twice_u));
+    const Floats inverse = 1.0f / (1.0f + e);
+    const Floats gate = twice_u < 0.0f ? e * inverse : inverse;
+    const Floats twice_u_slope = kScale * (1.0f + 3.0f * 0.044715f * square);
+    return {x * gate, gate + x * (e * inverse * inverse) * twice_u_slope};
   }
 };
 
