@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "csrc_cpu/checks.h"
 #include "csrc_cpu/cpu_backend.h"
 
 namespace bitfall {
@@ -26,61 +27,54 @@ struct AttentionTensors {
   }
 };
 
-bool is_floating(DType dtype) {
-  return dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16;
-}
-
-void check_matrix(const char* what, const Tensor& tensor, std::int64_t rows, std::int64_t columns,
-                  DType dtype) {
-  check_shape(what, tensor, {rows, columns});
-  check<ShapeError>(tensor.dtype == dtype, what, ": dtype ", name(tensor.dtype), ", expected ",
-                    name(dtype));
-}
-
-void check_integers(const char* what, const Tensor& tensor, std::int64_t numel) {
-  check_shape(what, tensor, {numel});
-  check<ShapeError>(tensor.dtype == DType::s32, what, ": dtype ", name(tensor.dtype),
-                    ", expected s32");
-}
-
 /// The dropout row of head a and query q is (a << 16) | q, so both must fit 16 bits.
-void check_dropout_rows(const AttentionTensors& t, std::int64_t longest) {
+void check_dropout_rows(const char* operation, const AttentionTensors& t, std::int64_t longest) {
   constexpr std::int64_t kLimit = 1 << 16;
-  check<UnsupportedError>(longest <= kLimit && t.shape.num_attention_heads <= kLimit,
-                          "attention on cpu: a sequence of ", longest, " tokens and ",
+  check<UnsupportedError>(longest <= kLimit && t.shape.num_attention_heads <= kLimit, operation,
+                          " on cpu: a sequence of ", longest, " tokens and ",
                           t.shape.num_attention_heads, " heads; dropout handles up to ", kLimit,
-                          " of each: shorten the sequence or set attention dropout to 0");
+                          " of each: shorten the sequence or switch attention dropout off");
 }
 
-/// Throws ShapeError unless every tensor fits; returns the length of the longest sequence.
-std::int64_t check_attention(const AttentionTensors& t, const Dropout& dropout) {
-  check<ShapeError>(t.shape.num_attention_heads > 0 && t.shape.head_size > 0,
-                    "attention: num_attention_heads ", t.shape.num_attention_heads,
-                    " and head_size ", t.shape.head_size, ": both must be positive");
-  check<ShapeError>(t.qkv.shape.rank() == 2, "attention qkv: shape ", t.qkv.shape.to_string(),
-                    ", expected [T, 3H]");
-  check<ShapeError>(t.sequence_starts.numel() >= 1, "attention sequence_starts: empty, expected ",
-                    "[B+1] s32");
-  check<UnsupportedError>(is_floating(t.qkv.dtype), "attention on cpu: dtype ", name(t.qkv.dtype),
-                          ", expected f32, bf16 or f16");
-  const std::int64_t tokens = t.qkv.shape[0], hidden = t.hidden_size();
-  check_matrix("attention qkv", t.qkv, tokens, 3 * hidden, t.qkv.dtype);
-  check_matrix("attention out", t.out, tokens, hidden, t.qkv.dtype);
-  check_matrix("attention log_sum_exp", t.log_sum_exp, tokens, t.shape.num_attention_heads,
-               DType::f32);
-  check_integers("attention sequence_starts", t.sequence_starts, t.num_sequences() + 1);
-  if (dropout.enabled()) check_integers("attention sample_keys", t.sample_keys, t.num_sequences());
-  const std::span<const std::int32_t> starts = t.starts();
-  check<ShapeError>(starts.front() == 0 && starts.back() == tokens,
-                    "attention sequence_starts: from ", starts.front(), " to ", starts.back(),
+/// Throws ShapeError unless `starts` rise from 0 to `tokens`; returns the longest sequence's
+/// length.
+std::int64_t check_starts(const char* operation, std::span<const std::int32_t> starts,
+                          std::int64_t tokens) {
+  check<ShapeError>(starts.front() == 0 && starts.back() == tokens, operation,
+                    ": sequence_starts from ", starts.front(), " to ", starts.back(),
                     ", expected from 0 to the number of tokens, ", tokens);
   std::int64_t longest = 0;
   for (std::size_t b = 0; b + 1 < starts.size(); ++b) {
-    check<ShapeError>(starts[b] <= starts[b + 1], "attention sequence_starts[", b + 1,
-                      "] = ", starts[b + 1], ": expected at least the one before, ", starts[b]);
+    check<ShapeError>(starts[b] <= starts[b + 1], operation, ": sequence_starts[", b + 1,
+                      "] = ", starts[b + 1], ", expected at least the one before, ", starts[b]);
     longest = std::max<std::int64_t>(longest, starts[b + 1] - starts[b]);
   }
-  if (dropout.enabled()) check_dropout_rows(t, longest);
+  return longest;
+}
+
+/// Throws ShapeError or UnsupportedError unless every tensor fits; returns the length of the
+/// longest sequence.
+std::int64_t check_attention(const char* operation, const AttentionTensors& t,
+                             const Dropout& dropout) {
+  check<ShapeError>(t.shape.num_attention_heads > 0 && t.shape.head_size > 0, operation,
+                    ": num_attention_heads ", t.shape.num_attention_heads, " and head_size ",
+                    t.shape.head_size, ", expected positive numbers");
+  check_floating(operation, "qkv", t.qkv);
+  check_rank(operation, "qkv", t.qkv, 2);
+  check_rank(operation, "sequence_starts", t.sequence_starts, 1);
+  check<ShapeError>(t.sequence_starts.numel() > 0, operation,
+                    ": sequence_starts is empty, expected [B+1]");
+  const std::int64_t tokens = t.qkv.shape[0], hidden = t.hidden_size();
+  check_tensor(operation, "qkv", t.qkv, t.qkv.dtype, {tokens, 3 * hidden});
+  check_tensor(operation, "out", t.out, t.qkv.dtype, {tokens, hidden});
+  check_tensor(operation, "log_sum_exp", t.log_sum_exp, DType::f32,
+               {tokens, t.shape.num_attention_heads});
+  check_dtype(operation, "sequence_starts", t.sequence_starts, DType::s32);
+  const std::int64_t longest = check_starts(operation, t.starts(), tokens);
+  if (dropout.enabled()) {
+    check_tensor(operation, "sample_keys", t.sample_keys, DType::s32, {t.num_sequences()});
+    check_dropout_rows(operation, t, longest);
+  }
   return longest;
 }
 
@@ -161,7 +155,7 @@ void CpuBackend::attention_forward(const AttentionShape& shape, const Tensor& qk
                                    const Dropout& dropout, const Tensor& out,
                                    const Tensor& log_sum_exp) {
   const AttentionTensors t{shape, qkv, sequence_starts, sample_keys, out, log_sum_exp};
-  const std::int64_t longest = check_attention(t, dropout);
+  const std::int64_t longest = check_attention("attention_forward", t, dropout);
   const AttentionKernels& kernels = *kernels_.attention;
   const std::size_t bytes =
       round_up_to_line(kernels.forward_scratch_bytes(qkv.dtype, longest, shape.head_size));
@@ -176,10 +170,10 @@ void CpuBackend::attention_backward(const AttentionShape& shape, const Tensor& d
                                     const Tensor& sequence_starts, const Tensor& sample_keys,
                                     const Dropout& dropout, const Tensor& dqkv) {
   const AttentionTensors t{shape, qkv, sequence_starts, sample_keys, out, log_sum_exp};
-  const std::int64_t longest = check_attention(t, dropout);
+  const std::int64_t longest = check_attention("attention_backward", t, dropout);
   const std::int64_t tokens = qkv.shape[0], hidden = t.hidden_size();
-  check_matrix("attention dout", dout, tokens, hidden, qkv.dtype);
-  check_matrix("attention dqkv", dqkv, tokens, 3 * hidden, qkv.dtype);
+  check_tensor("attention_backward", "dout", dout, qkv.dtype, {tokens, hidden});
+  check_tensor("attention_backward", "dqkv", dqkv, qkv.dtype, {tokens, 3 * hidden});
   const AttentionKernels& kernels = *kernels_.attention;
   const std::size_t bytes =
       round_up_to_line(kernels.backward_scratch_bytes(qkv.dtype, longest, shape.head_size));
