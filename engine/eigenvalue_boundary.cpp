@@ -59,7 +59,6 @@ EigenvalueBoundary::EigenvalueBoundary(const EigenvalueConfig& config, std::uint
 
 std::vector<EigenvalueResult> EigenvalueBoundary::compute(std::span<const Batch> micro_batches,
                                                           std::int64_t step) {
-  check<ShapeError>(!micro_batches.empty(), "eigenvalues need at least one micro-batch");
   const Tensor weights = f32_weights();
   const ScratchBinding binding(model_, store_, weights, gradient_scratch());
   if (micro_batches.size() == 1) model_.forward(micro_batches[0], {Mode::differentiate, 0, 0});
@@ -123,6 +122,10 @@ Tensor EigenvalueBoundary::gradient(int block, std::span<const Batch> micro_batc
   const Tensor gradient = gradient_scratch().flat_slice(range.begin, range.numel);
   if (micro_batches.size() == 1) {
     model_.block_gradient(micro_batches[0], block, Recompute::from_block);
+    return gradient;
+  }
+  if (micro_batches.empty()) {  // other ranks have all samples of the step
+    backend_.fill_zero(gradient);
     return gradient;
   }
   // Kept activations belong to one micro-batch, so several are recomputed in full.

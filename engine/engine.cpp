@@ -101,9 +101,9 @@ std::vector<int> Engine::bits_per_state() const {
 }
 
 StepResult Engine::train_batch(std::span<const Batch> micro_batches) {
-  const auto expected = static_cast<std::size_t>(config().gradient_accumulation_steps);
-  check<ShapeError>(micro_batches.size() == expected, "train_batch: ", micro_batches.size(),
-                    " micro-batches, expected gradient_accumulation_steps = ", expected);
+  const auto most = static_cast<std::size_t>(config().gradient_accumulation_steps);
+  check<ShapeError>(micro_batches.size() <= most, "train_batch: ", micro_batches.size(),
+                    " micro-batches, expected at most gradient_accumulation_steps = ", most);
   bind_training();
   StepResult result;
   result.loss = accumulate_gradients(micro_batches);
@@ -131,8 +131,8 @@ void Engine::bind_training() {
 }
 
 double Engine::accumulate_gradients(std::span<const Batch> micro_batches) {
-  const auto count = static_cast<float>(micro_batches.size());
-  const auto backward_scale = static_cast<float>(loss_scaler_.scale() / count);
+  // Weights of micro-batches for which the mean over ranks is the mean over all samples.
+  const double per_sample = communicator_.world_size() / count_samples(micro_batches);
   // A skipped step draws new dropout masks, so it counts here.
   const auto dropout_step = static_cast<std::uint32_t>(state_.global_step + state_.skipped_steps);
   const ForwardContext context{Mode::train, config().seed, dropout_step};
@@ -140,19 +140,41 @@ double Engine::accumulate_gradients(std::span<const Batch> micro_batches) {
     timer_.measure("forward", [&] { model_->forward(micro_batches[i], context); });
     check<ShapeError>(static_cast<bool>(model_->loss()), "train_batch: micro-batch ", i,
                       " has no labels; training needs them");
-    backend_->axpby(1.0f / count, model_->loss(), i == 0 ? 0.0f : 1.0f, loss_);
+    const double share = per_sample * static_cast<double>(micro_batches[i].num_sequences());
+    backend_->axpby(static_cast<float>(share), model_->loss(), i == 0 ? 0.0f : 1.0f, loss_);
     const bool is_last = i + 1 == micro_batches.size();
     timer_.measure("backward", [&] {
-      model_->backward(backward_scale, i == 0 ? Accumulate::no : Accumulate::yes, [&](int block) {
+      const auto scale = static_cast<float>(loss_scaler_.scale() * share);
+      model_->backward(scale, i == 0 ? Accumulate::no : Accumulate::yes, [&](int block) {
         if (is_last) start_reduction(block);
       });
     });
   }
+  if (micro_batches.empty()) contribute_nothing();
   timer_.measure("all_reduce", [&] {
     communicator_.all_reduce_async(loss_, ReduceOp::mean);
     communicator_.wait_all();
   });
   return to_host(*backend_, loss_);
+}
+
+double Engine::count_samples(std::span<const Batch> micro_batches) {
+  float samples = 0;
+  for (const Batch& batch : micro_batches) samples += static_cast<float>(batch.num_sequences());
+  if (communicator_.world_size() > 1) {
+    backend_->copy(Tensor{&samples, DType::f32, loss_.shape, Device::cpu}, loss_);
+    communicator_.all_reduce(loss_, ReduceOp::sum);
+    samples = static_cast<float>(to_host(*backend_, loss_));
+  }
+  check<ShapeError>(samples > 0, "train_batch: no rank has a sample; expected at least one");
+  return samples;
+}
+
+void Engine::contribute_nothing() {
+  backend_->fill_zero(loss_);
+  backend_->fill_zero(store_.gradient());
+  for (int block = store_.num_blocks() - 1; block >= 0; --block) start_reduction(block);
+  start_reduction(kNoBlock);
 }
 
 void Engine::start_reduction(int block) {

@@ -89,10 +89,12 @@ class Engine {
   /// As in StepResult; the width of the compute dtype while quantization has not begun.
   std::vector<int> bits_per_state() const;
 
-  /// One optimizer step over gradient_accumulation_steps micro-batches of this rank.
+  /// One optimizer step over up to gradient_accumulation_steps micro-batches of this rank: fewer,
+  /// or smaller ones, at the end of an epoch, none if other ranks have some. Loss and gradient are
+  /// the mean over the samples of all ranks.
   ///
   /// An fp16 overflow skips the step: loss scale and counters move, weights and schedules do not.
-  /// Throws ShapeError for a wrong number of micro-batches or a malformed one, and TrainingError
+  /// Throws ShapeError for too many micro-batches or a malformed one, and TrainingError
   /// that names step and parameter if a gradient is not finite outside of fp16, or the loss scale
   /// is at its minimum; weights are then untouched.
   StepResult train_batch(std::span<const Batch> micro_batches);
@@ -127,6 +129,10 @@ class Engine {
   void broadcast_weights();
   void bind_training();
   double accumulate_gradients(std::span<const Batch> micro_batches);
+  /// Samples of the step on all ranks.
+  double count_samples(std::span<const Batch> micro_batches);
+  /// Zeros of a rank without micro-batches, reduced in the order of a backward pass.
+  void contribute_nothing();
   void start_reduction(int block);
   double gradient_norm();
   StepResult skip_step(StepResult result);

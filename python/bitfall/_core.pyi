@@ -117,7 +117,10 @@ class Engine:
     global_step: int
     skipped_steps: int
     def train_batch(self, micro_batches: list[Batch]) -> StepResult:
-        """One optimizer step over gradient_accumulation_steps micro-batches of this rank."""
+        """One optimizer step over up to gradient_accumulation_steps micro-batches of this rank.
+
+        The mean is over the samples of all ranks; a rank may have none in the last step of an epoch.
+        """
     def evaluate(self, batch: Batch) -> tuple[float | None, npt.NDArray[np.float32]]:
         """(mean loss or None without labels, logits [B, C] or [T, 2]) in f32 with the quantized weights."""
     def save_checkpoint(self, directory: str, tag: str, client_state: str) -> None:
