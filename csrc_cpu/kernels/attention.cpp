@@ -60,15 +60,18 @@ void forward_head(const AttentionHead& head, void* scratch) {
   const Sizes<Format> n(head.length, head.head_size);
   const ForwardBuffers<Format> buffers(n, scratch);
   const Rows<T> queries = rows_of<T>(head.q, head.qkv_stride, head);
+  const Rows<T> values = rows_of<T>(head.v, head.qkv_stride, head);
+  values.prefetch(0, n.length);
+  queries.prefetch(0, kBlockRows);
   pack_transposed<Format>(rows_of<T>(head.k, head.qkv_stride, head), n.row_words, n.score_stride,
                           buffers.keys);
-  pack_across<Format>(rows_of<T>(head.v, head.qkv_stride, head), 0, n.length, n.out_stride,
-                      buffers.values);
+  pack_across<Format>(values, 0, n.length, n.out_stride, buffers.values);
   const float scale = score_scale(head);
   Multipliers multipliers(head);
   for (std::int64_t first = 0; first < n.length; first += kBlockRows) {
     const std::int64_t rows = n.length - first < kBlockRows ? n.length - first : kBlockRows;
     pack_along<Format>(queries, first, round_up(rows, kTileRows), n.row_words, buffers.queries);
+    queries.prefetch(first + rows, first + rows + kBlockRows);
     multiply<Format>({buffers.queries, n.row_words, 1, buffers.keys, n.score_stride, buffers.scores,
                       n.score_stride, rows, n.score_vectors, n.depth_head});
     float inverse_sums[kBlockRows];
@@ -145,6 +148,7 @@ struct Backward {
         scale(score_scale(head)) {}
 
   void run() {
+    prefetch_rows(0);
     pack_transposed<Format>(keys, n.row_words, n.score_stride, buffers.keys_transposed);
     pack_transposed<Format>(values, n.row_words, n.score_stride, buffers.values_transposed);
     pack_across<Format>(keys, 0, n.length, n.out_stride, buffers.keys);
@@ -152,6 +156,7 @@ struct Backward {
       const std::int64_t rows = n.length - first < kBlockRows ? n.length - first : kBlockRows;
       row_terms(first, rows);
       scores_of(first, rows);
+      prefetch_rows(first + rows);
       for (std::int64_t row = 0; row < rows; row += kPerWord) softmax_rows(first, row);
       gradients_of(first, rows);
     }
@@ -175,6 +180,10 @@ struct Backward {
                       buffers.scores, n.score_stride, rows, n.score_vectors, n.depth_head});
     multiply<Format>({buffers.douts, n.row_words, 1, buffers.values_transposed, n.score_stride,
                       buffers.dprobabilities, n.score_stride, rows, n.score_vectors, n.depth_head});
+  }
+
+  void prefetch_rows(std::int64_t first) const {
+    for (const Rows<T>& rows : {douts, outs, queries}) rows.prefetch(first, first + kBlockRows);
   }
 
   /// What the rows of a block need: -log_sum_exp in powers of two and the inner product of dout and

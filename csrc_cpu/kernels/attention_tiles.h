@@ -30,6 +30,14 @@ struct Rows {
     if (row >= count || column >= columns) return Floats{};
     return load_lanes(first + row * stride + column, columns - column);
   }
+  /// Starts to fetch rows [begin, end): far apart in memory, they escape the hardware's prediction.
+  BITFALL_INLINE void prefetch(std::int64_t begin, std::int64_t end) const {
+    const std::int64_t bytes = columns * static_cast<std::int64_t>(sizeof(T));
+    for (std::int64_t row = begin; row < end && row < count; ++row) {
+      const char* source = reinterpret_cast<const char*>(first + row * stride);
+      for (std::int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(source + byte);
+    }
+  }
 };
 
 struct F32Words {
