@@ -1,0 +1,248 @@
+// Backend::fake_quantize against a plain transcription of spec A5, on every instruction set.
+#include <omp.h>
+
+#include <bit>
+#include <cmath>
+#include <limits>
+
+#include "quantizer/quant_math.h"
+#include "tests/support/backend_fixture.h"
+
+namespace bitfall::test {
+namespace {
+
+constexpr QuantType kSymmetric = QuantType::symmetric;
+constexpr QuantType kAsymmetric = QuantType::asymmetric;
+
+std::vector<float> floats_of(const Tensor& tensor) {
+  return {tensor.as<float>(), tensor.as<float>() + tensor.numel()};
+}
+
+/// The formulas of spec A5 for 2 < bits < 16, one group of several distinct elements.
+std::vector<float> transcribed_group(std::span<const float> group, int bits, QuantType q_type,
+                                     std::span<const float> offsets) {
+  const float min = *std::min_element(group.begin(), group.end());
+  const float max = *std::max_element(group.begin(), group.end());
+  const auto levels = static_cast<float>(1 << bits);
+  const float largest = std::max(std::fabs(min), std::fabs(max));
+  const float scale = q_type == kSymmetric ? 2 * largest / levels : (max - min) / levels;
+  const float zero_point = q_type == kSymmetric ? 0.0f : std::nearbyint(min / scale);
+  const float lowest = q_type == kSymmetric ? -levels / 2 : 0.0f;
+  const float highest = q_type == kSymmetric ? levels / 2 - 1 : levels - 1;
+  std::vector<float> values;
+  for (std::size_t i = 0; i < group.size(); ++i) {
+    const float code = std::nearbyint(group[i] / scale + offsets[i]) - zero_point;
+    values.push_back((std::min(std::max(code, lowest), highest) + zero_point) * scale);
+  }
+  return values;
+}
+
+std::vector<float> transcribed(const Tensor& master, const QuantSpec& spec,
+                               const StochasticKey& key) {
+  const std::vector<float> all = floats_of(master);
+  const std::size_t size = all.size() / static_cast<std::size_t>(spec.groups);
+  std::vector<float> values, offsets(all.size(), 0.0f);
+  for (std::size_t i = 0; spec.rounding == Rounding::stochastic && i < all.size(); ++i)
+    offsets[i] = stochastic_offset(key, static_cast<std::int64_t>(i));
+  for (std::size_t begin = 0; begin < all.size(); begin += size) {
+    const auto part = transcribed_group(std::span(all).subspan(begin, size), spec.bits, spec.q_type,
+                                        std::span(offsets).subspan(begin, size));
+    values.insert(values.end(), part.begin(), part.end());
+  }
+  return values;
+}
+
+class FakeQuantize : public BackendTest {
+ protected:
+  /// Quantizes into a fresh tensor and compares it with `expected` rounded to the dtype.
+  void expect_quantized(const Tensor& master, const QuantSpec& spec,
+                        const std::vector<float>& expected, float mix = 0.0f,
+                        const StochasticKey& key = {}) {
+    const Tensor working = zeros(master.shape, dtype());
+    backend().fake_quantize(spec, key, mix, master, working);
+    visit_dtype(dtype(), [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      for (std::size_t i = 0; i < expected.size(); ++i) {
+        const float value = mix * master.as<float>()[i] + (1 - mix) * expected[i];
+        ASSERT_EQ(to_float(working.as<T>()[i]), to_float(from_float<T>(value)))
+            << "element " << i << ", " << spec.bits << " bits, " << spec.groups << " groups of "
+            << expected.size();
+      }
+    });
+  }
+};
+
+TEST_P(FakeQuantize, MatchesTheFormulas) {
+  struct Size {
+    std::int64_t numel, groups;
+  };
+  for (const Size size : {Size{7, 1}, {111, 3}, {4096, 8}, {40001, 1}, {3 * 20011, 3}}) {
+    const Tensor master = random(Shape{size.numel}, DType::f32, 0.04);
+    for (const int bits : {3, 4, 8, 12, 15}) {
+      for (const QuantType q_type : {kSymmetric, kAsymmetric}) {
+        const QuantSpec spec{bits, size.groups, q_type, Rounding::nearest};
+        expect_quantized(master, spec, transcribed(master, spec, {}));
+      }
+    }
+  }
+}
+
+TEST_P(FakeQuantize, StochasticRoundingUsesTheElementsOwnNumbers) {
+  const StochasticKey key{99, 5, 17};
+  for (const std::int64_t groups : {1, 3, 101}) {
+    const Tensor master = random(Shape{101 * 303}, DType::f32, 0.04);
+    for (const QuantType q_type : {kSymmetric, kAsymmetric}) {
+      const QuantSpec spec{8, groups, q_type, Rounding::stochastic};
+      expect_quantized(master, spec, transcribed(master, spec, key), 0.0f, key);
+    }
+  }
+}
+
+TEST_P(FakeQuantize, MixBlendsMasterAndQuantizedWeight) {
+  const Tensor master = random(Shape{12, 100}, DType::f32, 0.5);
+  const QuantSpec spec{4, 4, kSymmetric, Rounding::nearest};
+  for (const float mix : {1.0f, 0.75f, 0.001f})
+    expect_quantized(master, spec, transcribed(master, spec, {}), mix);
+}
+
+TEST_P(FakeQuantize, TernaryAndBinaryFollowMeanMagnitudes) {
+  const std::int64_t numel = 2 * 20000;
+  const Tensor master = random(Shape{numel}, DType::f32, 0.3);
+  for (const int bits : {1, 2}) {
+    const Tensor working = zeros(master.shape, DType::f32);
+    backend().fake_quantize({bits, 2}, {}, 0.0f, master, working);
+    for (std::int64_t begin = 0; begin < numel; begin += numel / 2) {
+      const std::span<const float> group(master.as<float>() + begin, numel / 2);
+      double sum = 0, above = 0, count = 0;
+      for (const float value : group) sum += std::fabs(value);
+      const double threshold = bits == 1 ? 0 : 0.7 * sum / static_cast<double>(group.size());
+      for (const float value : group) {
+        above += std::fabs(value) > threshold ? std::fabs(value) : 0;
+        count += std::fabs(value) > threshold;
+      }
+      for (std::size_t i = 0; i < group.size(); ++i) {
+        const double sign = group[i] < 0 ? -1 : 1;
+        const double expected = std::fabs(group[i]) > threshold ? sign * above / count : 0;
+        ASSERT_NEAR(working.as<float>()[begin + static_cast<std::int64_t>(i)], expected, 1e-7);
+      }
+    }
+  }
+}
+
+TEST_P(FakeQuantize, SixteenBitsAndMoreAreACast) {
+  const Tensor master = random(Shape{1000}, DType::f32);
+  const StochasticKey key{1, 2, 3};
+  for (const int bits : {16, 32}) {
+    expect_quantized(master, {bits, 8, kAsymmetric, Rounding::stochastic}, floats_of(master), 0.0f,
+                     key);
+  }
+}
+
+TEST_P(FakeQuantize, FaultsStayVisibleInTheirGroup) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (const float bad : {infinity, -infinity, std::nanf("")}) {
+    for (const int bits : {1, 2, 4, 8}) {
+      const Tensor master = random(Shape{300}, DType::f32);
+      master.as<float>()[150] = bad;
+      const Tensor working = zeros(master.shape, dtype());
+      backend().fake_quantize({bits, 3}, {}, 0.5f, master, working);
+      const std::vector<double> result = values(working);
+      for (std::size_t i = 0; i < result.size(); ++i)
+        EXPECT_EQ(std::isnan(result[i]), i >= 100 && i < 200) << "element " << i;
+    }
+  }
+}
+
+TEST_P(FakeQuantize, RefusesWhatDoesNotFit) {
+  const Tensor master = random(Shape{10}, DType::f32);
+  const Tensor working = zeros(Shape{10}, dtype());
+  const auto run = [&](const QuantSpec& spec, const Tensor& target) {
+    backend().fake_quantize(spec, {}, 0.0f, master, target);
+  };
+  EXPECT_THROW(run({8, 3}, working), ShapeError);
+  EXPECT_THROW(run({8, 0}, working), ConfigError);
+  EXPECT_THROW(run({0, 1}, working), ConfigError);
+  EXPECT_THROW(run({-1, 1}, working), ConfigError);
+  EXPECT_THROW(run({2, 1, kAsymmetric, Rounding::nearest}, working), ConfigError);
+  EXPECT_THROW(run({1, 1, kSymmetric, Rounding::stochastic}, working), ConfigError);
+  EXPECT_THROW(run({8, 1}, zeros(Shape{9}, dtype())), ShapeError);
+  EXPECT_THROW(run({8, 1}, zeros(Shape{10}, DType::s32)), UnsupportedError);
+}
+
+BITFALL_BACKEND_SUITE(FakeQuantize);
+
+/// Every byte of the result, on one thread count and instruction set.
+std::vector<std::uint16_t> half_bits(CpuIsa isa, int threads, const QuantSpec& spec,
+                                     std::int64_t step, DType dtype) {
+  BackendWorkbench bench(isa);
+  const Tensor master = bench.random(Shape{6 * 16411}, DType::f32, 0.02);
+  const Tensor working = bench.zeros(master.shape, dtype);
+  const int before = omp_get_max_threads();
+  omp_set_num_threads(threads);
+  bench.backend().fake_quantize(spec, {42, static_cast<std::uint64_t>(step), 9}, 0.25f, master,
+                                working);
+  omp_set_num_threads(before);
+  return {working.as<std::uint16_t>(), working.as<std::uint16_t>() + working.bytes() / 2};
+}
+
+TEST(FakeQuantizeDeterminism, SameBitsOnAllInstructionSetsAndThreadCounts) {
+  const std::vector<QuantSpec> specs{{1, 2},
+                                     {2, 1},
+                                     {8, 1},
+                                     {5, 6, kAsymmetric, Rounding::nearest},
+                                     {8, 1, kSymmetric, Rounding::stochastic},
+                                     {4, 6, kAsymmetric, Rounding::stochastic}};
+  for (const QuantSpec& spec : specs) {
+    for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+      const auto expected = half_bits(CpuIsa::generic, 1, spec, 1, dtype);
+      for (const CpuIsa isa : supported_isas()) {
+        for (const int threads : {1, 2, 3})
+          EXPECT_EQ(half_bits(isa, threads, spec, 1, dtype), expected)
+              << name(isa) << ", " << threads << " threads, " << spec.bits << " bits";
+      }
+    }
+  }
+}
+
+TEST(FakeQuantizeDeterminism, EachStepRoundsDifferently) {
+  const QuantSpec spec{8, 1, kSymmetric, Rounding::stochastic};
+  const auto first = half_bits(choose_isa(), 1, spec, 1, DType::f32);
+  EXPECT_NE(first, half_bits(choose_isa(), 1, spec, 2, DType::f32));
+  EXPECT_EQ(first, half_bits(choose_isa(), 1, spec, 1, DType::f32));
+}
+
+TEST(FakeQuantizeStochastic, IsUnbiased) {
+  BackendWorkbench bench(choose_isa());
+  const std::int64_t numel = 1000;
+  const Tensor master = bench.random(Shape{numel}, DType::f32);
+  master.as<float>()[0] = 8.0f;  // sets the scale; all others stay inside the clamp
+  const Tensor working = bench.zeros(master.shape, DType::f32);
+  constexpr int kSteps = 400;
+  const double scale = 8.0 / 8;  // 4 bits
+  std::vector<double> sums(numel);
+  for (std::uint64_t step = 0; step < kSteps; ++step) {
+    bench.backend().fake_quantize({4, 1, kSymmetric, Rounding::stochastic}, {1, step, 0}, 0.0f,
+                                  master, working);
+    for (std::int64_t i = 0; i < numel; ++i) sums[i] += working.as<float>()[i];
+  }
+  double total_error = 0;
+  for (std::int64_t i = 1; i < numel; ++i) {
+    const double error = sums[i] / kSteps - master.as<float>()[i];
+    // One rounding has a standard deviation of at most half a step.
+    EXPECT_NEAR(error, 0.0, 5 * 0.5 * scale / std::sqrt(kSteps)) << "element " << i;
+    total_error += error;
+  }
+  EXPECT_NEAR(total_error / numel, 0.0, 5 * 0.5 * scale / std::sqrt(double{kSteps} * numel));
+}
+
+TEST(FakeQuantizeInPlace, MayOverwriteAnF32Master) {
+  BackendWorkbench bench(choose_isa());
+  const Tensor master = bench.random(Shape{50000}, DType::f32);
+  const Tensor working = bench.zeros(master.shape, DType::f32);
+  bench.backend().fake_quantize({6, 5}, {}, 0.0f, master, working);
+  bench.backend().fake_quantize({6, 5}, {}, 0.0f, master, master);
+  EXPECT_EQ(floats_of(master), floats_of(working));
+}
+
+}  // namespace
+}  // namespace bitfall::test
