@@ -19,7 +19,7 @@ TEXT
 }
 
 packages=(g++ cmake ninja-build libdnnl-dev libopenmpi-dev openmpi-bin nlohmann-json3-dev)
-dev_packages=(git libgtest-dev libgmock-dev ccache clang libclang-rt-dev clang-format)
+dev_packages=(git libgtest-dev libgmock-dev ccache clang libclang-rt-dev libomp-dev clang-format)
 extras=()
 
 while (($#)); do

@@ -53,14 +53,14 @@ stage() {
 
 succeeded() { [[ $(<"build/results/$1.status") == 0 ]]; }
 
-# build_preset PRESET OPTION...: quiet unless it fails.
+# build_preset PRESET TARGET OPTION...: quiet unless it fails.
 build_preset() {
-  local preset=$1
-  shift
+  local preset=$1 target=$2
+  shift 2
   cmake --preset "$preset" -DCMAKE_CXX_COMPILER_LAUNCHER=ccache \
     -DPython3_EXECUTABLE="$root/.venv/bin/python" "$@" >"build/results/$preset-configure.log" 2>&1 ||
     { cat "build/results/$preset-configure.log" && return 1; }
-  cmake --build "build/$preset" -- --quiet
+  cmake --build "build/$preset" --target "$target" -- --quiet
 }
 
 run_ctest() {
@@ -71,14 +71,10 @@ run_ctest() {
 }
 
 run_fuzz_target() {
-  local target=$1 name corpus
-  name=$(basename "$target")
-  corpus=build/fuzz/corpus/$name
+  local name=$1 corpus=build/fuzz/corpus/$1
   mkdir -p "$corpus"
-  local seeds=()
-  [[ -d tests/fuzz/corpus/$name ]] && seeds=("tests/fuzz/corpus/$name")
-  "$target" -max_total_time="$seconds_per_fuzz_target" -artifact_prefix="build/results/$name-" \
-    -print_final_stats=1 "$corpus" "${seeds[@]}"
+  "build/fuzz/tests/fuzz/$name" -max_total_time="$seconds_per_fuzz_target" -verbosity=0 \
+    -artifact_prefix="build/results/$name-" -print_final_stats=1 "$corpus" "tests/fuzz/corpus/$name"
 }
 
 check_cpp_format() {
@@ -89,24 +85,20 @@ check_python_format() {
   .venv/bin/ruff check . && .venv/bin/ruff format --check .
 }
 
-stage build build_preset dev -DBITFALL_BUILD_PYTHON=OFF
+stage build build_preset dev all -DBITFALL_BUILD_PYTHON=OFF
 if succeeded build; then
   stage ctest run_ctest dev ctest
 fi
 stage pytest .venv/bin/python -m pytest -q --junitxml=build/results/pytest.xml
-stage sanitizers-build build_preset asan
+stage sanitizers-build build_preset asan all
 if succeeded sanitizers-build; then
   stage sanitizers run_ctest asan sanitizers -L unit
 fi
-if [[ -f tests/fuzz/CMakeLists.txt ]]; then
-  stage fuzz-build build_preset fuzz
-  if succeeded fuzz-build; then
-    for target in build/fuzz/tests/fuzz/fuzz_*; do
-      if [[ -f $target && -x $target ]]; then
-        stage "$(basename "$target")" run_fuzz_target "$target"
-      fi
-    done
-  fi
+stage fuzz-build build_preset fuzz fuzzers
+if succeeded fuzz-build; then
+  for name in fuzz_config fuzz_safetensors; do
+    stage "$name" run_fuzz_target "$name"
+  done
 fi
 stage cpp-format check_cpp_format
 stage python-format check_python_format
