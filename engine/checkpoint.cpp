@@ -95,9 +95,10 @@ void check_fits(const fs::path& path, const ParameterStore& store,
                              parameter.shape.to_string(), "; resume with the same model");
     }
   }
-  check<CheckpointError>(file.tensors().size() == expected, path.string(), ": has ",
-                         file.tensors().size(), " tensors, but the model has ", expected,
-                         "; resume with the model it was trained from");
+  check<CheckpointError>(
+      file.tensors().size() == expected, path.string(), ": has ", file.tensors().size(),
+      " tensors, but the model has ", expected,
+      ", it belongs to another model; resume with the model it was trained from");
 }
 
 /// A tag is one folder name.
