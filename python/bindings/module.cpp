@@ -1,0 +1,15 @@
+// bitfall._core: the C++ engine for Python. python/bitfall/_core.pyi is its description.
+#include "csrc_cpu/cpu_isa.h"
+#include "python/bindings/bindings.h"
+
+PYBIND11_MODULE(_core, module) {
+  using namespace bitfall::python;
+  module.attr("__version__") = BITFALL_VERSION;
+  bind_errors(module);
+  bind_config(module);
+  bind_schedule(module);
+  bind_quantize(module);
+  bind_communicator(module);
+  bind_engine(module);
+  module.def("cpu_isa", [] { return bitfall::name(bitfall::choose_isa()); });
+}
