@@ -1,7 +1,9 @@
 // GoldenCase: a model of tests/goldens with its batch and PyTorch's numbers for them.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -49,14 +51,22 @@ inline std::vector<float> to_floats(const Tensor& tensor) {
   return values;
 }
 
-/// |a - b| / |b| in the L2 norm.
-inline double relative_error(const std::vector<float>& a, const std::vector<float>& b) {
-  double difference = 0, norm = 0;
-  for (std::size_t i = 0; i < b.size(); ++i) {
-    difference += std::pow(double{a.at(i)} - double{b[i]}, 2);
-    norm += std::pow(double{b[i]}, 2);
-  }
-  return std::sqrt(difference / std::max(norm, 1e-30));
+/// L2 norm.
+inline double norm(const std::vector<float>& values) {
+  double sum = 0;
+  for (const float value : values) sum += double{value} * double{value};
+  return std::sqrt(sum);
+}
+
+/// L2 norm of a - b, which must be of one size.
+inline double distance(const std::vector<float>& a, const std::vector<float>& b) {
+  std::vector<float> difference;
+  for (std::size_t i = 0; i < b.size(); ++i) difference.push_back(a.at(i) - b[i]);
+  return norm(difference);
+}
+
+inline double relative_error(const std::vector<float>& seen, const std::vector<float>& expected) {
+  return distance(seen, expected) / norm(expected);
 }
 
 inline Batch golden_batch(const SafetensorsFile& file, HeadType head) {
