@@ -59,7 +59,7 @@ class Arena {
   explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
   template <typename T>
   T* take(std::int64_t count) {
-    char* piece = memory_ + used_;
+    char* piece = memory_ == nullptr ? nullptr : memory_ + used_;
     used_ += static_cast<std::size_t>(round_up(count * static_cast<std::int64_t>(sizeof(T)), 64));
     return reinterpret_cast<T*>(piece);
   }
