@@ -5,6 +5,7 @@
 
 #include "engine/factory.h"
 #include "engine/model_files.h"
+#include "engine/quantized_file.h"
 #include "python/bindings/arrays.h"
 #include "python/bindings/batch.h"
 #include "python/bindings/bindings.h"
@@ -47,7 +48,7 @@ class PythonEngine {
       evaluation = engine_->evaluate(batch);
     }
     const Shape& shape = evaluation.logits_shape;
-    const py::array logits = array_of<float>(evaluation.logits);
+    py::array logits = array_of<float>(evaluation.logits);
     return py::make_tuple(evaluation.loss,
                           logits.reshape(std::vector<py::ssize_t>{shape[0], shape[1]}));
   }
@@ -57,6 +58,13 @@ class PythonEngine {
                        "weights = '", weights, "': expected 'master', 'quantized' or 'integers'");
     if (communicator_.rank() != 0) return;
     const ParameterStore& store = engine_->store();
+    if (weights == "integers") {
+      check<ConfigError>(engine_->quantizer() != nullptr,
+                         "weights = 'integers': nothing is quantized in this config");
+      save_quantized_file(directory, engine_->backend(), store, *engine_->quantizer(),
+                          engine_->global_step());
+      return;
+    }
     const Tensor flat = weights == "master" ? store.master() : engine_->evaluation_weights();
     bitfall::save_model(directory, model_config_, engine_->backend(), store.parameters(),
                         store.views(flat));

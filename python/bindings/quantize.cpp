@@ -46,7 +46,7 @@ py::tuple quantize_array(const py::array& array, int bits, std::int64_t groups,
                          std::uint64_t seed) {
   const IntegerWeights weights = quantize_to_integers(make_spec(bits, groups, q_type, rounding),
                                                       {.seed = seed}, flat_tensor(array));
-  const py::array codes = array_of<std::int32_t>(weights.codes);
+  py::array codes = array_of<std::int32_t>(weights.codes);
   const std::vector<py::ssize_t> shape(array.shape(), array.shape() + array.ndim());
   return py::make_tuple(codes.reshape(shape), array_of<float>(weights.scales),
                         array_of<std::int32_t>(weights.zero_points));
