@@ -32,11 +32,15 @@ const bitfall::FlagValues& flags() {
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   const std::string text(reinterpret_cast<const char*>(data), size);
+  bitfall::CompletedConfig completed;
   try {
-    const bitfall::CompletedConfig completed = bitfall::parse_config(text, "fuzz.json", flags());
-    // What was accepted and completed is accepted again.
-    bitfall::parse_config(completed.json, "completed.json", {});
+    completed = bitfall::parse_config(text, "fuzz.json", flags());
   } catch (const bitfall::ConfigError&) {
+    return 0;
+  }
+  // What was accepted and completed means the same again: anything thrown here is a finding.
+  if (bitfall::parse_config(completed.json, "completed.json", {}).json != completed.json) {
+    __builtin_trap();
   }
   return 0;
 }
