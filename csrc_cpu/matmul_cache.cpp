@@ -250,7 +250,10 @@ MatmulCache::~MatmulCache() = default;
 
 bool MatmulCache::is_native(DType dtype) const {
   if (dtype == DType::f32) return true;
-  return dtype == DType::bf16 && dnnl::get_effective_cpu_isa() >= dnnl::cpu_isa::avx512_core_bf16;
+  // The values are sets of features, not an order: AVX2_VNNI is the larger number.
+  const auto wanted = static_cast<unsigned>(dnnl::cpu_isa::avx512_core_bf16);
+  const auto present = static_cast<unsigned>(dnnl::get_effective_cpu_isa());
+  return dtype == DType::bf16 && (present & wanted) == wanted;
 }
 
 void MatmulCache::multiply(const MatmulSpec& spec, const MatmulOperands& operands,
