@@ -18,7 +18,7 @@ PYTHON names the interpreter of the virtual environment (3.11 or newer; default:
 TEXT
 }
 
-packages=(g++ cmake ninja-build libdnnl-dev libopenmpi-dev openmpi-bin nlohmann-json3-dev)
+packages=(g++ cmake ninja-build libdnnl-dev libopenmpi-dev openmpi-bin nlohmann-json3-dev zlib1g-dev)
 dev_packages=(git libgtest-dev libgmock-dev ccache clang libclang-rt-dev libomp-dev clang-format)
 extras=()
 
