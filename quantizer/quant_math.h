@@ -37,6 +37,8 @@ BITFALL_INLINE float power_of_two(int exponent) {
   return std::bit_cast<float>(static_cast<std::uint32_t>(exponent + 127) << 23);
 }
 
+inline constexpr float kLargestFloat = 0x1.fffffep127f;
+
 /// Nearest integer, ties to even, for |x| <= 2^22: in 2^23 .. 2^24 an f32 has no fraction left.
 BITFALL_INLINE float round_half_even(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
 
@@ -103,7 +105,11 @@ BITFALL_INLINE QuantGroup uniform_group(int bits, QuantType q_type, const QuantR
     group.scale = step > finest ? step : finest;
   }
   if (group.scale == 0.0f) group.scale = std::bit_cast<float>(1u);  // 2^-149
-  if (q_type == QuantType::asymmetric) group.zero_point = round_half_even(min / group.scale) + 0.0f;
+  if (q_type == QuantType::asymmetric) {
+    group.zero_point = round_half_even(min / group.scale) + 0.0f;
+    // Rounded away from a minimum near the end of f32, the lowest value would overflow.
+    if (magnitude(group.zero_point * group.scale) > kLargestFloat) group.zero_point += 1.0f;
+  }
   return group;
 }
 

@@ -172,6 +172,8 @@ TEST(QuantMath, ExtremeGroupsGiveFiniteValues) {
   const std::vector<std::vector<float>> groups{
       {kLargest, -kLargest, 1.0f, 0.0f},
       {kLargest, kLargest / 2, 3e38f},
+      {-kLargest, 1e31f, 0.0f},
+      {-kLargest, 0.3f * kLargest},
       {-kLargest, std::nextafter(-kLargest, 0.0f)},
       {kSmallest, -kSmallest, 0.0f},
       {kSmallest, 2 * kSmallest, 3 * kSmallest},
