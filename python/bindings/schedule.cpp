@@ -36,7 +36,8 @@ std::vector<Parameter> bert_parameters(int num_layers) {
   CpuBackend backend;
   const EncoderConfig config{.num_hidden_layers = num_layers};
   std::vector<Parameter> parameters;
-  for (const ParameterSpec& spec : Encoder(backend, config, HeadConfig()).parameters()) {
+  const Encoder encoder(backend, config, HeadConfig());  // outlives the range below
+  for (const ParameterSpec& spec : encoder.parameters()) {
     parameters.push_back({spec.name, spec.shape, spec.block, 0, spec.shape.numel()});
   }
   return parameters;
