@@ -31,8 +31,9 @@ def uniform_group(group: Floats, bits: int, q_type: str) -> Floats:
 def sign_group(group: Floats, bits: int) -> npt.NDArray[np.float64]:
     """Ternary (2 bits) and binary (1 bit) weights, sums in f64."""
     sizes = np.abs(group).astype(np.float64)
-    threshold = 0.7 * sizes.mean() if bits == 2 else 0.0
-    above = sizes > threshold
+    if bits == 1:
+        return np.sign(group) * sizes.mean()
+    above = sizes > 0.7 * sizes.mean()
     scale = sizes[above].mean() if above.any() else 0.0
     return np.where(above, np.sign(group) * scale, 0.0)
 
