@@ -45,7 +45,7 @@ def base_flags(model: Path, files: tuple[Path, Path], output_dir: Path) -> list[
     return [
         *("glue", "--model_name_or_path", model, "--output_dir", output_dir),
         *("--train_file", files[0], "--validation_file", files[1], "--do_train", "--do_eval"),
-        *("--max_seq_length", 16, "--per_device_train_batch_size", 16, "--learning_rate", 3e-3),
+        *("--max_seq_length", 16, "--per_device_train_batch_size", 16, "--learning_rate", 1e-2),
         *("--num_train_epochs", 3, "--logging_steps", 10),
     ]
 
