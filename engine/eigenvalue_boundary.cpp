@@ -107,12 +107,14 @@ PowerIterationResult EigenvalueBoundary::estimate(int block, std::int64_t step,
                                                   std::span<const Batch> micro_batches,
                                                   DifferenceHessian& hessian) {
   const FlatRange range = store_.block_range(block);
-  hessian.begin_block(weights.flat_slice(range.begin, range.numel),
-                      [&, block] { return gradient(block, micro_batches); });
+  if (!micro_batches.empty()) {
+    hessian.begin_block(weights.flat_slice(range.begin, range.numel),
+                        [&, block] { return gradient(block, micro_batches); });
+  }
   const StartVectorKey key{seed_, static_cast<std::uint32_t>(step),
                            static_cast<std::uint32_t>(block)};
   return estimator_.estimate(key, range.numel, [&](const Tensor& v, const Tensor& product) {
-    hessian(v, product);
+    micro_batches.empty() ? backend_.fill_zero(product) : hessian(v, product);
     communicator_.all_reduce(product, ReduceOp::mean);
   });
 }
@@ -120,22 +122,31 @@ PowerIterationResult EigenvalueBoundary::estimate(int block, std::int64_t step,
 Tensor EigenvalueBoundary::gradient(int block, std::span<const Batch> micro_batches) {
   const FlatRange range = store_.block_range(block);
   const Tensor gradient = gradient_scratch().flat_slice(range.begin, range.numel);
-  if (micro_batches.size() == 1) {
-    model_.block_gradient(micro_batches[0], block, Recompute::from_block);
-    return gradient;
-  }
-  if (micro_batches.empty()) {  // other ranks have all samples of the step
-    backend_.fill_zero(gradient);
-    return gradient;
-  }
   // Kept activations belong to one micro-batch, so several are recomputed in full.
+  const bool single = micro_batches.size() == 1;
   const Tensor sum = flat_view(backend_, range.numel, sum_buffer_);
-  const float share = 1.0f / static_cast<float>(micro_batches.size());
   for (std::size_t i = 0; i < micro_batches.size(); ++i) {
-    model_.block_gradient(micro_batches[i], block, Recompute::everything);
-    backend_.axpby(share, gradient, i == 0 ? 0.0f : 1.0f, sum);
+    model_.block_gradient(micro_batches[i], block,
+                          single ? Recompute::from_block : Recompute::everything);
+    const double share = sample_weight_ * static_cast<double>(micro_batches[i].num_sequences());
+    if (single && share == 1.0) return gradient;
+    backend_.axpby(static_cast<float>(share), gradient, i == 0 ? 0.0f : 1.0f, sum);
   }
   return sum;
+}
+
+double EigenvalueBoundary::sample_weight(std::span<const Batch> micro_batches) {
+  float samples = 0;
+  for (const Batch& batch : micro_batches) samples += static_cast<float>(batch.num_sequences());
+  if (communicator_.world_size() > 1) {
+    const Tensor host{&samples, DType::f32, Shape{1}, Device::cpu};
+    const Tensor sum = flat_view(backend_, 1, sum_buffer_);
+    backend_.copy(host, sum);
+    communicator_.all_reduce(sum, ReduceOp::sum);
+    backend_.copy(sum, host);
+  }
+  check<ShapeError>(samples > 0, "eigenvalues: no rank has a sample; expected at least one");
+  return communicator_.world_size() / static_cast<double>(samples);
 }
 
 }  // namespace bitfall

@@ -28,8 +28,9 @@ class EigenvalueBoundary {
   EigenvalueBoundary(const EigenvalueConfig& config, std::uint64_t seed, Backend& backend,
                      Communicator& communicator, Model& model, ParameterStore& store);
 
-  /// Eigenvalues of the first layer_num blocks for the mean loss over the micro-batches of all
-  /// ranks, in block order; the same on every rank (collective).
+  /// Eigenvalues of the first layer_num blocks for the mean loss over the samples of all ranks, in
+  /// block order; the same on every rank (collective). A rank may have no micro-batch. Throws
+  /// ShapeError if none has one.
   ///
   /// The Hessian is that at store.working(), read in f32, with dropout off. Nothing of the training
   /// changes: weights keep their bits, gradients lie in memory of their own, and the model is bound
@@ -49,8 +50,10 @@ class EigenvalueBoundary {
   Tensor gradient_scratch();
   PowerIterationResult estimate(int block, std::int64_t step, const Tensor& weights,
                                 std::span<const Batch> micro_batches, DifferenceHessian& hessian);
-  /// Gradient of this rank's mean loss with respect to the parameters of `block`.
+  /// This rank's share of the gradient with respect to the parameters of `block`.
   Tensor gradient(int block, std::span<const Batch> micro_batches);
+  /// What each sample weighs in a sum over which ranks then take the mean.
+  double sample_weight(std::span<const Batch> micro_batches);
 
   EigenvalueConfig config_;
   std::uint64_t seed_;
@@ -59,6 +62,7 @@ class EigenvalueBoundary {
   Model& model_;
   ParameterStore& store_;
   EigenvalueEstimator estimator_;
+  double sample_weight_ = 0;
   Buffer weights_buffer_, gradient_buffer_, sum_buffer_;
 };
 

@@ -121,8 +121,8 @@ def test_integers_stand_for_the_fake_quantized_values(
     np.testing.assert_array_equal(grouped.reshape(array.shape), fake)
     for group in fake.reshape(4, -1):
         assert len(np.unique(group)) <= 2**bits
-    if rounding == "nearest":  # symmetric: only the largest element is clamped
-        assert np.abs(fake - array).max() <= scales.max() * (1.001 if q_type == "symmetric" else 1)
+    if rounding == "nearest":  # half a step, and one more where the largest code is clamped
+        assert np.abs(fake - array).max() <= 1.5 * scales.max()
 
 
 def test_symmetric_nearest_follows_the_published_formula() -> None:
@@ -192,7 +192,8 @@ def test_training_reports_a_step(tiny_model_dir: Path) -> None:
     assert timings["forward"] > 0
     assert timings["backward"] > 0
     assert engine.timings()["forward"] == 0
-    assert all(size > 0 for size in engine.memory_bytes().values())
+    memory = engine.memory_bytes()
+    assert memory["master"] == memory["working"] == memory["gradient"] > 0
 
 
 @pytest.mark.parametrize("head", ["classification", "regression", "span"])
@@ -233,7 +234,7 @@ def test_evaluate_gives_loss_and_logits(tiny_model_dir: Path, head: str) -> None
         ({"labels": np.full(4, 9, np.int32)}, "9"),
         ({"labels": np.zeros(4, np.float32)}, "labels"),
         ({"sequence_starts": np.array([0, 5, 5, 15, 19], np.int32)}, "sequence"),
-        ({"sequence_starts": np.array([], np.int32)}, "sequence"),
+        ({"sequence_starts": np.array([], np.int32)}, "sequence|sample"),
         ({"sample_keys": np.arange(3, dtype=np.int32)}, "sample"),
         ({"attention_mask": np.ones(19, np.int32)}, "attention_mask.*unknown"),
     ],
