@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -103,11 +104,15 @@ class LiveProgress(Progress):
 
 
 def make_progress(rank: int, stream: TextIO | None = None) -> Progress:
-    """Live on a terminal, plain otherwise, and silent on every rank but 0."""
+    """Live on a terminal, plain otherwise, and silent on every rank but 0.
+
+    mpirun gives each process a terminal of its own, whether or not its output goes to one: plain.
+    """
     stream = stream or sys.stdout
     if rank != 0:
         return Progress()
-    return LiveProgress(stream) if stream.isatty() else PlainProgress(stream)
+    on_terminal = stream.isatty() and "OMPI_COMM_WORLD_SIZE" not in os.environ
+    return LiveProgress(stream) if on_terminal else PlainProgress(stream)
 
 
 def format_bits(bits: Mapping[str, int]) -> str:

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+# The models of these tests are too small for threads to pay.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[2]
 ADJECTIVES = ["good", "great", "fine", "lovely", "bad", "awful", "poor", "dull"]
 WORDS = [*ADJECTIVES, "the", "a", "film", "play", "was", "is", "very", "really", "not"]

@@ -160,7 +160,7 @@ def test_interrupt_writes_a_checkpoint_and_resumes(
     log = tmp_path / "out" / "bitfall_log.jsonl"
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
         deadline = time.monotonic() + 60
-        while not (log.exists() and log.read_text().count('"step"') > 20):
+        while not (log.exists() and log.read_text().count('"event": "step"') > 20):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)

@@ -80,6 +80,7 @@ def test_plain_lines_only_when_due():
 def test_live_bar_shows_numbers_and_keeps_messages(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("OMPI_COMM_WORLD_SIZE", raising=False)
     stream = io.StringIO()
     stream.isatty = lambda: True
     progress = make_progress(0, stream)
