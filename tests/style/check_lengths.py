@@ -79,7 +79,8 @@ def problems(root: Path) -> Iterator[str]:
             functions = python_functions(text) if file.suffix == ".py" else cpp_functions(lines)
             for first, length in functions:
                 if length > MAX_FUNCTION_LINES:
-                    yield f"{path}:{first}: {length} lines in a function, at most {MAX_FUNCTION_LINES}"
+                    what = f"{length} lines in a function, at most {MAX_FUNCTION_LINES}"
+                    yield f"{path}:{first}: {what}"
 
 
 def main() -> int:
