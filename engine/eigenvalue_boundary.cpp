@@ -59,6 +59,7 @@ EigenvalueBoundary::EigenvalueBoundary(const EigenvalueConfig& config, std::uint
 
 std::vector<EigenvalueResult> EigenvalueBoundary::compute(std::span<const Batch> micro_batches,
                                                           std::int64_t step) {
+  sample_weight_ = sample_weight(micro_batches);
   const Tensor weights = f32_weights();
   const ScratchBinding binding(model_, store_, weights, gradient_scratch());
   if (micro_batches.size() == 1) model_.forward(micro_batches[0], {Mode::differentiate, 0, 0});
