@@ -1,5 +1,7 @@
 """Worker: bitfall's eigenvalues of all layers, computed in a training step that drops a bit."""
 
+from __future__ import annotations
+
 import argparse
 import json
 
