@@ -1,5 +1,7 @@
 """Worker: the same step on every rank; rank 0 listens and tells the others when to measure."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys

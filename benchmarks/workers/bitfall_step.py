@@ -1,5 +1,7 @@
 """Worker: one training step of bitfall on full-length random tokens."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import time
