@@ -4,6 +4,7 @@
 
 #include "core/error.h"
 #include "csrc_cpu/cpu_backend.h"
+#include "csrc_cpu/cpu_isa.h"
 #include "engine/encoder.h"
 #include "engine/model_files.h"
 #ifdef BITFALL_WITH_MPI
@@ -16,6 +17,8 @@ std::unique_ptr<Backend> make_backend(const std::string& name) {
   check<BackendError>(name == "cpu", "backend '", name, "': this build has only 'cpu'");
   return std::make_unique<CpuBackend>();
 }
+
+std::string cpu_isa() { return std::string(name(choose_isa())); }
 
 std::unique_ptr<Communicator> make_communicator() {
 #ifdef BITFALL_WITH_MPI

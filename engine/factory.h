@@ -16,6 +16,9 @@ namespace bitfall {
 /// "cpu". Throws BackendError that lists the names for anything else.
 std::unique_ptr<Backend> make_backend(const std::string& name);
 
+/// Instruction set of the CPU kernels ("generic", "avx2", ...), as chosen at run time.
+std::string cpu_isa();
+
 /// MPI when mpirun started this process, otherwise a world of one. Throws CommunicationError if
 /// mpirun started it and this build has no MPI.
 std::unique_ptr<Communicator> make_communicator();

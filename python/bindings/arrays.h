@@ -19,9 +19,9 @@ template <typename T>
 std::span<const T> elements(const std::string& name, const pybind11::array& array) {
   namespace py = pybind11;
   const py::dtype expected = py::dtype::of<T>();
-  const std::string expected_name = py::str(expected);
+  const std::string expected_name = py::str(py::object(expected));
   check<ShapeError>(array.dtype().is(expected) || array.dtype().equal(expected), name,
-                    " has dtype ", std::string(py::str(array.dtype())), ", expected ",
+                    " has dtype ", std::string(py::str(py::object(array.dtype()))), ", expected ",
                     expected_name, ": use .astype(numpy.", expected_name, ")");
   check<ShapeError>((array.flags() & py::array::c_style) != 0, name,
                     " is not C-contiguous: use numpy.ascontiguousarray");

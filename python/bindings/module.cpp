@@ -1,5 +1,5 @@
 // bitfall._core: the C++ engine for Python. python/bitfall/_core.pyi is its description.
-#include "csrc_cpu/cpu_isa.h"
+#include "engine/factory.h"
 #include "python/bindings/bindings.h"
 
 PYBIND11_MODULE(_core, module) {
@@ -11,5 +11,5 @@ PYBIND11_MODULE(_core, module) {
   bind_quantize(module);
   bind_communicator(module);
   bind_engine(module);
-  module.def("cpu_isa", [] { return bitfall::name(bitfall::choose_isa()); });
+  module.def("cpu_isa", &bitfall::cpu_isa);
 }

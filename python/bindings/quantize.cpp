@@ -1,5 +1,5 @@
 // Quantization of one array with the arithmetic of training.
-#include "csrc_cpu/cpu_backend.h"
+#include "engine/factory.h"
 #include "python/bindings/arrays.h"
 #include "python/bindings/bindings.h"
 #include "quantizer/integer_weights.h"
@@ -37,7 +37,7 @@ py::array_t<float> fake_quantize_array(const py::array& array, int bits, std::in
   const Tensor working{result.mutable_data(), DType::f32, master.shape, Device::cpu};
   const QuantSpec spec = make_spec(bits, groups, q_type, rounding);
   const py::gil_scoped_release release;
-  CpuBackend().fake_quantize(spec, {.seed = seed}, 0.0f, master, working);
+  make_backend("cpu")->fake_quantize(spec, {.seed = seed}, 0.0f, master, working);
   return result;
 }
 

@@ -4,10 +4,10 @@
 #include <optional>
 
 #include "core/error.h"
-#include "csrc_cpu/cpu_backend.h"
 #include "eigen_sched/bit_schedule.h"
 #include "engine/config.h"
 #include "engine/encoder.h"
+#include "engine/factory.h"
 #include "python/bindings/bindings.h"
 #include "quantizer/quantizer.h"
 
@@ -33,10 +33,10 @@ void check_plan(const Config& config, int num_layers) {
 
 /// Names and ranks of the parameters of a BERT with so many layers; sizes do not matter here.
 std::vector<Parameter> bert_parameters(int num_layers) {
-  CpuBackend backend;
+  const std::unique_ptr<Backend> backend = make_backend("cpu");
   const EncoderConfig config{.num_hidden_layers = num_layers};
   std::vector<Parameter> parameters;
-  const Encoder encoder(backend, config, HeadConfig());  // outlives the range below
+  const Encoder encoder(*backend, config, HeadConfig());  // outlives the range below
   for (const ParameterSpec& spec : encoder.parameters()) {
     parameters.push_back({spec.name, spec.shape, spec.block, 0, spec.shape.numel()});
   }
