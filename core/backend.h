@@ -131,8 +131,8 @@ class Backend {
   virtual void linear_backward_weight(const Tensor& dy, const Tensor& x, const Tensor& dweight,
                                       const Tensor& dbias, Accumulate accumulate) = 0;
   /// dpre = dy * activation'(pre_activation); dpre may be the memory of dy. `y` (or empty) receives
-  /// activation(pre_activation) again, so that the forward pass need not keep it. All [R, N]
-  /// compute dtype.
+  /// activation(pre_activation) again, so that the forward pass need not keep it; y may be the
+  /// memory of pre_activation. All [R, N] compute dtype.
   virtual void activation_backward(Activation activation, const Tensor& pre_activation,
                                    const Tensor& dy, const Tensor& dpre, const Tensor& y) = 0;
 

@@ -64,7 +64,8 @@ class Model {
   virtual Tensor loss() const = 0;
   /// [B, C] (or [T, 2] for spans) compute dtype.
   virtual Tensor logits() const = 0;
-  /// gradients (+)= scale * d loss / d weights of the last forward(train or differentiate).
+  /// gradients (+)= scale * d loss / d weights of the last forward(train or differentiate). Once
+  /// per forward: activations may be overwritten on the way.
   virtual void backward(float scale, Accumulate accumulate, const BlockReady& on_block_ready) = 0;
 
   /// Overwrites the gradients of the parameters of `block` (others are left undefined or untouched)

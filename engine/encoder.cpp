@@ -113,10 +113,10 @@ void Encoder::plan_scratch() {
     return workspace_.take(compute_dtype_, {rows, columns});
   };
   scratch_ = EncoderScratch();
-  scratch_.feed_forward = take(tokens, std::max(intermediate, hidden));
+  scratch_.wide = take(tokens, std::max(intermediate, 3 * hidden));
+  scratch_.hidden = take(tokens, hidden);
   scratch_.rows = take(device_batch_.num_sequences, hidden);
   if (context_.mode == Mode::evaluate) return;
-  scratch_.wide = take(tokens, std::max(intermediate, 3 * hidden));
   scratch_.d_hidden = take(tokens, hidden);
   scratch_.d_dense = take(tokens, hidden);
   scratch_.d_gamma = workspace_.take(DType::f32, {hidden});
@@ -172,7 +172,7 @@ void Encoder::layers_forward(int first_layer) {
 void Encoder::backward(float scale, Accumulate accumulate, const BlockReady& on_block_ready) {
   check<ShapeError>(backward_possible_,
                     "backward needs the activations of a forward pass in Mode::train or "
-                    "Mode::differentiate right before it");
+                    "Mode::differentiate right before it, and uses them up");
   check<ShapeError>(has_gradients_, "backward needs gradients: none were given to bind");
   const auto ready = [&on_block_ready](int block) {
     if (on_block_ready) on_block_ready(block);
@@ -184,6 +184,7 @@ void Encoder::backward(float scale, Accumulate accumulate, const BlockReady& on_
     ready(layer);
   }
   embeddings_backward(accumulate);
+  backward_possible_ = false;
   ready(kNoBlock);
 }
 

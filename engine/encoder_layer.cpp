@@ -55,7 +55,6 @@ LayerActivations LayerActivations::plan(Workspace& workspace, const EncoderConfi
                              : workspace.take(compute_dtype, {kept, hidden});
   planned.attention_sum = workspace.take(compute_dtype, {kept, hidden});
   planned.attention_stats = workspace.take(DType::f32, {kept, 2});
-  planned.attention_output = workspace.take(compute_dtype, {kept, hidden});
   planned.pre_activation = workspace.take(compute_dtype, {kept, config.intermediate_size});
   planned.output_sum = workspace.take(compute_dtype, {kept, hidden});
   planned.output_stats = workspace.take(DType::f32, {kept, 2});
@@ -132,11 +131,11 @@ void EncoderLayer::forward(const EncoderPass& pass, const LayerActivations& acti
                            const Tensor& input, const Tensor& output) {
   saved_ = activations;
   input_ = input;
-  attention_forward(pass);
-  feed_forward_forward(pass, output);
+  const Tensor attention_output = attention_forward(pass);
+  feed_forward_forward(pass, attention_output, output);
 }
 
-void EncoderLayer::attention_forward(const EncoderPass& pass) {
+Tensor EncoderLayer::attention_forward(const EncoderPass& pass) {
   Backend& backend = pass.backend;
   const EncoderBatch& batch = pass.batch;
   backend.linear_forward(input_, weights_.qkv_weight, weights_.qkv_bias, saved_.qkv);
@@ -151,28 +150,34 @@ void EncoderLayer::attention_forward(const EncoderPass& pass) {
   backend.linear_forward(saved_.context_rows, weights_.attention_weight, weights_.attention_bias,
                          saved_.attention_sum);
   LayerNormForward norm;
-  norm.x = norm.sum = saved_.attention_sum;
   norm.residual = residual;
-  norm.gamma = weights_.attention_gamma;
-  norm.beta = weights_.attention_beta;
   norm.row_keys = pass.row_keys(rows_);
   norm.input_dropout = attention_output_dropout(pass);
-  norm.epsilon = config_.layer_norm_eps;
-  norm.mean_rstd = saved_.attention_stats;
-  norm.y = saved_.attention_output;
-  backend.layer_norm_forward(norm);
+  return attention_norm(pass, norm);
 }
 
-void EncoderLayer::feed_forward_forward(const EncoderPass& pass, const Tensor& output) {
-  const Tensor activated = first_part(pass.scratch.feed_forward, saved_.pre_activation.shape);
-  pass.backend.linear_activation_forward(saved_.attention_output, weights_.intermediate_weight,
+Tensor EncoderLayer::attention_norm(const EncoderPass& pass, LayerNormForward norm) const {
+  norm.x = norm.sum = saved_.attention_sum;
+  norm.gamma = weights_.attention_gamma;
+  norm.beta = weights_.attention_beta;
+  norm.epsilon = config_.layer_norm_eps;
+  norm.mean_rstd = saved_.attention_stats;
+  norm.y = first_part(pass.scratch.hidden, saved_.attention_sum.shape);
+  pass.backend.layer_norm_forward(norm);
+  return norm.y;
+}
+
+void EncoderLayer::feed_forward_forward(const EncoderPass& pass, const Tensor& attention_output,
+                                        const Tensor& output) {
+  const Tensor activated = first_part(pass.scratch.wide, saved_.pre_activation.shape);
+  pass.backend.linear_activation_forward(attention_output, weights_.intermediate_weight,
                                          weights_.intermediate_bias, config_.hidden_act,
                                          saved_.pre_activation, activated);
   pass.backend.linear_forward(activated, weights_.output_weight, weights_.output_bias,
                               saved_.output_sum);
   LayerNormForward norm;
   norm.x = norm.sum = saved_.output_sum;
-  norm.residual = saved_.attention_output;
+  norm.residual = attention_output;
   norm.gamma = weights_.output_gamma;
   norm.beta = weights_.output_beta;
   norm.row_keys = pass.row_keys(rows_);
@@ -186,7 +191,7 @@ void EncoderLayer::feed_forward_forward(const EncoderPass& pass, const Tensor& o
 void EncoderLayer::backward(const EncoderPass& pass, Differentiate what, Accumulate accumulate,
                             const Tensor& d_output, const Tensor& d_input) {
   feed_forward_backward(pass, what, accumulate, d_output);
-  Tensor d_context = first_part(pass.scratch.feed_forward, d_output.shape);
+  Tensor d_context = first_part(pass.scratch.hidden, d_output.shape);
   attention_output_backward(pass, what, accumulate, d_output, d_context);
   if (rows_ == OutputRows::first_token) {
     const Tensor d_context_rows = d_context;
@@ -213,16 +218,16 @@ void EncoderLayer::feed_forward_backward(const EncoderPass& pass, Differentiate 
   backend.linear_backward_input(d_dense, weights_.output_weight, d_activated, Accumulate::no);
 
   const bool wanted = what != Differentiate::input_only;
-  const Tensor activated =
-      wanted ? first_part(pass.scratch.feed_forward, saved_.pre_activation.shape) : Tensor();
+  const Tensor activated = wanted ? saved_.pre_activation : Tensor();
   backend.activation_backward(config_.hidden_act, saved_.pre_activation, d_activated, d_activated,
                               activated);
   if (wanted) {
     backend.linear_backward_weight(d_dense, activated, gradients_.output_weight,
                                    gradients_.output_bias, accumulate);
-    backend.linear_backward_weight(d_activated, saved_.attention_output,
-                                   gradients_.intermediate_weight, gradients_.intermediate_bias,
-                                   accumulate);
+    // attention_sum holds dropout and residual already.
+    const Tensor attention_output = attention_norm(pass, {});
+    backend.linear_backward_weight(d_activated, attention_output, gradients_.intermediate_weight,
+                                   gradients_.intermediate_bias, accumulate);
   }
   backend.linear_backward_input(d_activated, weights_.intermediate_weight, d_rows, Accumulate::yes);
 }

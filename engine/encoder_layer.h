@@ -17,18 +17,18 @@
 namespace bitfall {
 
 /// What the forward pass keeps for the backward pass, compute dtype unless noted. Where nothing is
-/// kept (Mode::evaluate), all layers share one set.
+/// kept (Mode::evaluate), all layers share one set. What one cheap pass restores from these (the
+/// first LayerNorm's output, the activation) is not kept.
 struct LayerActivations {
-  Tensor qkv;               ///< [T, 3H]
-  Tensor context;           ///< [T, H], output of attention
-  Tensor log_sum_exp;       ///< [T, A] f32
-  Tensor context_rows;      ///< [R, H], memory of `context` when R = T
-  Tensor attention_sum;     ///< [R, H], input of the first LayerNorm
-  Tensor attention_stats;   ///< [R, 2] f32
-  Tensor attention_output;  ///< [R, H]
-  Tensor pre_activation;    ///< [R, F]
-  Tensor output_sum;        ///< [R, H], input of the second LayerNorm
-  Tensor output_stats;      ///< [R, 2] f32
+  Tensor qkv;              ///< [T, 3H]
+  Tensor context;          ///< [T, H], output of attention
+  Tensor log_sum_exp;      ///< [T, A] f32
+  Tensor context_rows;     ///< [R, H], memory of `context` when R = T
+  Tensor attention_sum;    ///< [R, H], input of the first LayerNorm
+  Tensor attention_stats;  ///< [R, 2] f32
+  Tensor pre_activation;   ///< [R, F]
+  Tensor output_sum;       ///< [R, H], input of the second LayerNorm
+  Tensor output_stats;     ///< [R, 2] f32
 
   /// Takes the memory of one layer.
   static LayerActivations plan(Workspace& workspace, const EncoderConfig& config,
@@ -53,7 +53,8 @@ class EncoderLayer {
                const Tensor& output);
   /// Gradients of the layer's weights and of its input, as far as `what` says.
   ///
-  /// d_output [R, H] is overwritten. d_input [T, H] out; the memory of d_output when R = T.
+  /// Once per forward(): what that kept is overwritten, and so is d_output [R, H]. d_input [T, H]
+  /// out; the memory of d_output when R = T.
   void backward(const EncoderPass& pass, Differentiate what, Accumulate accumulate,
                 const Tensor& d_output, const Tensor& d_input);
 
@@ -76,8 +77,11 @@ class EncoderLayer {
   Dropout attention_output_dropout(const EncoderPass& pass) const;
   Dropout output_dropout(const EncoderPass& pass) const;
 
-  void attention_forward(const EncoderPass& pass);
-  void feed_forward_forward(const EncoderPass& pass, const Tensor& output);
+  Tensor attention_forward(const EncoderPass& pass);
+  /// The first LayerNorm over attention_sum as it is: writes attention_output [R, H] (scratch).
+  Tensor attention_norm(const EncoderPass& pass, LayerNormForward norm) const;
+  void feed_forward_forward(const EncoderPass& pass, const Tensor& attention_output,
+                            const Tensor& output);
   void feed_forward_backward(const EncoderPass& pass, Differentiate what, Accumulate accumulate,
                              const Tensor& d_rows);
   void attention_output_backward(const EncoderPass& pass, Differentiate what, Accumulate accumulate,

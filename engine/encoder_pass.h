@@ -18,8 +18,8 @@ enum class Differentiate { weights_and_input, input_only, weights_only };
 /// Memory that every layer uses in turn. Compute dtype unless noted; parts of it are viewed under
 /// smaller shapes.
 struct EncoderScratch {
-  Tensor feed_forward;     ///< [T, max(F, H)], both passes; the others the backward pass alone
-  Tensor wide;             ///< [T, max(F, 3H)]
+  Tensor wide;             ///< [T, max(F, 3H)], both passes
+  Tensor hidden;           ///< [T, H], both passes; those below the backward pass alone
   Tensor d_hidden;         ///< [T, H] gradient that travels down the layers
   Tensor d_dense;          ///< [T, H]
   Tensor rows;             ///< [B, H], both passes, with OutputRows::first_token

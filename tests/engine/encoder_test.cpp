@@ -86,6 +86,7 @@ TEST_P(EncoderGoldens, GradientsAccumulateScaleAndAreReproducible) {
   GoldenCase golden(GetParam(), DType::f32);
   const std::vector<float> once = golden.gradients(kTrain);
   EXPECT_EQ(golden.gradients(kTrain), once);
+  golden.model.forward(golden.batch, kTrain);
   golden.model.backward(2.0f, Accumulate::yes, {});
   const std::vector<float> three_times = to_floats(golden.store.gradient());
   for (std::size_t i = 0; i < once.size(); ++i) {
@@ -156,6 +157,7 @@ TEST(Encoder, TellsWhenTheGradientsOfABlockAreComplete) {
   GoldenCase golden("tiny_classification_gelu", DType::f32);
   const std::vector<float> complete = golden.gradients(kTrain);
   std::vector<int> order;
+  golden.model.forward(golden.batch, kTrain);
   golden.model.backward(1.0f, Accumulate::no, [&](int block) {
     order.push_back(block);
     if (block == kNoBlock) return;
@@ -258,6 +260,8 @@ TEST(Encoder, CallsOutOfOrderAreRefused) {
   const auto backward = [&] { golden.model.backward(1.0f, Accumulate::no, {}); };
   EXPECT_THAT(shape_error(backward), HasSubstr("forward pass"));
   golden.loss(kEvaluate);
+  EXPECT_THAT(shape_error(backward), HasSubstr("forward pass"));
+  golden.gradients(kTrain);
   EXPECT_THAT(shape_error(backward), HasSubstr("forward pass"));
   EXPECT_THAT(
       shape_error([&] { golden.model.block_gradient(golden.batch, 1, Recompute::from_block); }),
