@@ -10,8 +10,8 @@ namespace bitfall {
 /// Gradient [n] f32 at the weights as they are now; valid until the next call.
 using GradientFunction = std::function<Tensor()>;
 
-/// H v = (g(w + e v) - g(w)) / e for one block of parameters after the other: one gradient per
-/// product, and the base gradient g(w) once per block (Nocedal & Wright 2006, section 8.2).
+/// H v = (g(w + e v) - g(w - e v)) / 2e for one block of parameters after the other: two gradients
+/// per product, and one per block for the size of g (Nocedal & Wright 2006, section 8.2).
 ///
 /// The step e is what keeps the difference true, and no fixed one does: along a random direction a
 /// block of BERT has next to no curvature and the difference drowns in the rounding of f32
@@ -33,12 +33,14 @@ class DifferenceHessian {
   void operator()(const Tensor& v, const Tensor& product);
 
  private:
-  /// product = (g(w + step v) - g(w)) / step.
+  /// product = (g(w + step v) - g(w - step v)) / (2 step).
   void difference(const Tensor& v, double step, const Tensor& product);
+  /// product = scale * g(w + step v) + keep * product.
+  void add_gradient(const Tensor& v, double step, double scale, float keep, const Tensor& product);
 
   Backend& backend_;
-  Buffer base_weights_buffer_, base_gradient_buffer_;
-  Tensor weights_, base_weights_, base_gradient_;
+  Buffer base_weights_buffer_;
+  Tensor weights_, base_weights_;
   GradientFunction gradient_;
   double weight_norm_ = 0, gradient_norm_ = 0;
   double relative_step_ = 0;   ///< of the next product
