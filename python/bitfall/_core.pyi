@@ -24,7 +24,8 @@ class Batch(TypedDict, total=False):
     token_type_ids: npt.NDArray[np.int32]  # [T], optional
     sequence_starts: npt.NDArray[np.int32]  # [B+1]
     sample_keys: npt.NDArray[np.int32]  # [B] position of the sample in the global batch of the step
-    labels: npt.NDArray[Any]  # [B] int32 (classification) or float32 (regression); [B, 2] int32 (spans); optional
+    # [B] int32 (classification) or float32 (regression); [B, 2] int32 (spans); optional
+    labels: npt.NDArray[Any]
 
 class BitDrop(TypedDict):
     step: int
@@ -51,7 +52,8 @@ class StepResult(TypedDict):
     learning_rate: float
     loss_scale: float
     skipped: bool
-    bits: dict[str, int]  # state name -> bits; 16 or the compute width while quantization has not begun
+    # state name -> bits; 16 or the compute width while quantization has not begun
+    bits: dict[str, int]
     drops: list[BitDrop]
     eigenvalues: list[Eigenvalue]  # empty unless computed in this step
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 DEFAULT_LAYER_NAME = "bert.encoder.layer"
 SMALLEST_FACTOR_EIGENVALUE = 0.0  # f = 1 + floor(4 * 0) = 1
 LARGEST_FACTOR_EIGENVALUE = 1.0  # f = 1 + floor(4 * 1) = 5
+# Later than any training: `plan_bits` names a larger step for a width that never begins.
+LAST_STEP = 10**15
+NEVER = "-"  # its cell in the table
 
 
 def configured_layer_name(config: CompletedConfig) -> str:
@@ -54,7 +57,8 @@ def format_plan(
     """One line per state: name, factor f, and the step at which each width begins.
 
     With `merge_equal`, neighbouring blocks with the same plan share a line. Steps beyond
-    `total_steps` stand in parentheses: training ends before them.
+    `total_steps` stand in parentheses: training ends before them. A dash is a width that never
+    begins; a last line says so where there is one.
     """
     rows = _merged(states) if merge_equal else [(state["name"], state) for state in states]
     widths = sorted({bits for state in states for bits, _ in state["drops"]}, reverse=True)
@@ -71,6 +75,8 @@ def format_plan(
         )
         for row in table
     ]
+    if any(NEVER in row[2:] for row in table):
+        lines.append(f"{NEVER}  never begins, however long training runs")
     return "\n".join(lines)
 
 
@@ -102,16 +108,19 @@ def unreachable_targets(
             else "no quantize_period reaches it: lower start_bits or the offset, or train longer"
         )
         names = _join_names([state["name"] for state in group_states])
+        begins = f"begins at step {step}" if step <= LAST_STEP else "never begins"
         warnings.append(
-            f"target_bits {target} is out of reach for {names} at f = {factor}: it begins at step"
-            f" {step}, {end}; {advice}"
+            f"target_bits {target} is out of reach for {names} at f = {factor}: it {begins},"
+            f" {end}; {advice}"
         )
     return warnings
 
 
 def _step_cell(step: int | None, total_steps: int | None) -> str:
-    if step is None:
-        return "-"
+    if step is None:  # a state of another group, which starts or ends at other widths
+        return ""
+    if step > LAST_STEP:
+        return NEVER
     return f"({step})" if total_steps is not None and step > total_steps else str(step)
 
 

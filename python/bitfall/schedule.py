@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from bitfall._core import CompletedConfig, PlannedState
 
 DEFAULT_NUM_LAYERS = 12  # BERT base
-# Later than any training; plan_bits names it for widths that never begin.
-LAST_PRINTED_STEP = 10**15
 
 EXAMPLES = """examples:
   bitfall schedule test.json --layers 12 --steps 345
@@ -99,11 +97,15 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 
 def as_json(plan: Plan, steps: int | None) -> dict[str, Any]:
-    """Clock, first quantized step, and per state the drops up to `steps` (all without it)."""
-    last = LAST_PRINTED_STEP if steps is None else steps
+    """Clock, first quantized step (None if it never comes), and per state the drops up to `steps`,
+    without it all that ever come."""
+    from bitfall.plan_table import LAST_STEP
+
+    last = LAST_STEP if steps is None else steps
+    begins_at_step = min(state["drops"][0][1] for state in plan.states)
     return {
         "clock": clock(plan.config),
-        "begins_at_step": min(state["drops"][0][1] for state in plan.states),
+        "begins_at_step": begins_at_step if begins_at_step <= LAST_STEP else None,
         "states": [
             {
                 "name": state["name"],
@@ -154,11 +156,13 @@ def _num_layers(args: argparse.Namespace, config: CompletedConfig) -> int:
 
 
 def _positive(text: str) -> int:
+    from bitfall.plan_table import LAST_STEP
+
     try:
         value = int(text)
     except ValueError:
         value = 0
-    if not 1 <= value <= LAST_PRINTED_STEP:
+    if not 1 <= value <= LAST_STEP:
         raise argparse.ArgumentTypeError(f"'{text}': expected a whole number, 1 or more")
     return value
 

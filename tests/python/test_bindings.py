@@ -3,53 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from tiny_engine import EIGENVALUE, QUANTIZE, completed, make_batch, make_engine
 
 _core = pytest.importorskip("bitfall._core", reason="the C++ module is not built")
-
-GOLDENS = ROOT / "tests" / "goldens"
-QUANTIZE = {
-    "enabled": True,
-    "quantize_bits": {"start_bits": 10, "target_bits": 4},
-    "quantize_schedule": {"quantize_period": 1, "schedule_offset": 0},
-    "quantize_groups": 4,
-}
-EIGENVALUE = {"enabled": True, "tol": 1e-2, "max_iter": 100, "stability": 1e-6}
-
-
-def completed(**sections: Any) -> Any:
-    config = {
-        "train_micro_batch_size_per_gpu": 4,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-        **sections,
-    }
-    flags = {"bitfall.num_training_steps": {"flag": "", "json": "100", "given": False}}
-    return _core.parse_config(json.dumps(config), "test.json", flags)
-
-
-def make_batch(num_labels: int = 2) -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(5)
-    starts = np.array([0, 5, 8, 15, 19], np.int32)
-    return {
-        "input_ids": generator.integers(0, 24, starts[-1]).astype(np.int32),
-        "sequence_starts": starts,
-        "sample_keys": np.arange(4, dtype=np.int32),
-        "labels": (np.arange(4) % num_labels).astype(np.int32),
-    }
-
-
-def make_engine(model_dir: Path, head: str = "classification", **sections: Any) -> Any:
-    num_labels = {"classification": 2, "regression": 1, "span": 2}[head]
-    config = completed(**sections)
-    return _core.Engine(str(model_dir), head, num_labels, config, _core.make_communicator())
 
 
 def test_error_classes_are_what_python_code_expects() -> None:
@@ -333,50 +296,6 @@ def unpack(codes: np.ndarray, bits: int, numel: int) -> np.ndarray:
     weights = 1 << np.arange(bits)
     weights[-1] *= -1
     return stream.reshape(numel, bits).astype(np.int32) @ weights.astype(np.int32)
-
-
-def test_eigenvalues_of_a_step_set_its_factors(tiny_model_dir: Path) -> None:
-    engine = make_engine(tiny_model_dir, quantize_training=QUANTIZE | {"eigenvalue": EIGENVALUE})
-    result = engine.train_batch([make_batch()])
-    assert [entry["block"] for entry in result["eigenvalues"]] == [0, 1]
-    factors = {drop["name"]: drop["factor"] for drop in result["drops"]}
-    for entry in result["eigenvalues"]:
-        assert entry["value"] > 0
-        assert 0 <= entry["normalized"] <= 1
-        assert entry["factor"] == 1 + int(4 * entry["normalized"]) == factors[entry["name"]]
-        assert 1 <= entry["products"] <= 100
-    assert max(entry["normalized"] for entry in result["eigenvalues"]) == 1
-    assert engine.timings()["eigenvalues"] > 0
-
-
-def test_eigenvalues_of_minilm_match_double_differentiation(
-    minilm_dir: Path, tmp_path: Path
-) -> None:
-    """Against tests/goldens/make_eigenvalue_goldens.py, whose start vectors are keyed by step 1."""
-    golden = load_file(GOLDENS / "minilm.safetensors")
-    exact = load_file(GOLDENS / "eigenvalues.safetensors")
-    weights = {
-        f"bert.{name}": value
-        for name, value in load_file(next(minilm_dir.glob("*.safetensors"))).items()
-    }
-    for kind in ("weight", "bias"):
-        weights[f"classifier.{kind}"] = golden[f"weight.classifier.{kind}"]
-    save_file(weights, tmp_path / "model.safetensors")
-    shutil.copy(minilm_dir / "config.json", tmp_path)
-    config = completed(
-        quantize_training=QUANTIZE
-        | {"quantize_bits": {"start_bits": 16, "target_bits": 8}, "eigenvalue": EIGENVALUE}
-    )
-    engine = _core.Engine(str(tmp_path), "classification", 3, config, _core.make_communicator())
-    count = len(golden["labels"])
-    batch = {
-        key: golden[key] for key in ("input_ids", "token_type_ids", "sequence_starts", "labels")
-    }
-    result = engine.train_batch([{**batch, "sample_keys": np.arange(count, dtype=np.int32)}])
-    values = [entry["value"] for entry in result["eigenvalues"]]
-    np.testing.assert_allclose(values, np.abs(exact["minilm.power_iteration"]), rtol=0.01)
-    iterations = [entry["iterations"] for entry in result["eigenvalues"]]
-    assert iterations == exact["minilm.iterations"].tolist()
 
 
 def test_other_threads_run_during_a_step(tiny_model_dir: Path) -> None:

@@ -60,6 +60,20 @@ def test_table_merges_equal_blocks_and_marks_the_end():
     assert len(format_plan(states, None, merge_equal=False).splitlines()) == 5
 
 
+def test_widths_that_never_begin_are_dashes():
+    schedule = {"quantize_period": 10**12, "schedule_offset": 0}
+    config = complete(eigenvalue={"enabled": True}, quantize_schedule=schedule)
+    states = plans_before_training(config, 2)
+    assert states[-1]["drops"][-1][1] == 2**63 - 1
+    *rows, legend = format_plan(states, 300).splitlines()
+    assert rows[-1].split()[-1] == "-"
+    assert "never begins" in legend
+    assert "-" not in rows[1]
+    warnings = unreachable_targets(config, states, 2, 300)
+    assert "it never begins, training ends" in warnings[-1]
+    assert str(2**63 - 1) not in "".join([*rows, *warnings])
+
+
 def test_warning_names_a_period_that_reaches_the_target():
     config = complete()
     states = plans_before_training(config, 2)
