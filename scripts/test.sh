@@ -85,7 +85,8 @@ check_python_format() {
   .venv/bin/ruff check . && .venv/bin/ruff format --check .
 }
 
-stage build build_preset dev all -DBITFALL_BUILD_PYTHON=OFF
+# Release, so that the compiler cache has the library from the installation already.
+stage build build_preset dev all -DBITFALL_BUILD_PYTHON=OFF -DCMAKE_BUILD_TYPE=Release
 if succeeded build; then
   stage ctest run_ctest dev ctest
 fi
