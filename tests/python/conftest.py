@@ -149,4 +149,12 @@ def run_cli(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
+def environment() -> dict[str, str]:
+    """Child processes import the same bitfall as the tests."""
+    import bitfall
+
+    folder = str(Path(bitfall.__file__).parents[1])
+    return os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
+
+
 sys.path.insert(0, str(Path(__file__).parent))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY_CONFIG, run_cli
+from conftest import TINY_CONFIG, environment, run_cli
 from safetensors.numpy import load_file
 
 MOQ = {
@@ -172,14 +171,6 @@ def test_interrupt_writes_a_checkpoint_and_resumes(
     assert run_cli(*flags, "--resume_from_checkpoint", tmp_path / "out" / tag) == 0
     steps = [event["step"] for event in events(tmp_path / "out", "step")]
     assert steps == list(range(1, 651))
-
-
-def environment() -> dict[str, str]:
-    """Child processes import the same bitfall as the tests."""
-    import bitfall
-
-    folder = str(Path(bitfall.__file__).parents[1])
-    return os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
 
 
 def test_two_ranks_equal_one(tiny_model_dir: Path, sentiment_files, tmp_path: Path):

@@ -1,0 +1,35 @@
+"""The command line as other programs see it: pipes that end early."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bitfall.cli import BROKEN_PIPE
+from conftest import environment
+
+
+@pytest.mark.parametrize("command", [["--help"], ["glue", "--help"], ["check"], ["schedule"]])
+def test_a_reader_that_stops_gets_no_traceback(tmp_path: Path, command: list[str]):
+    config = tmp_path / "test.json"
+    config.write_text('{"train_batch_size": 8, "quantize_training": {"enabled": true}}')
+    words = command if "--help" in command else [*command, str(config)]
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "bitfall", *words],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert done.stderr == ""
+    if "--help" not in command:  # argparse itself may have swallowed it
+        assert done.returncode == BROKEN_PIPE
