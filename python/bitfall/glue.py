@@ -25,7 +25,7 @@ examples:
   two processes
     mpirun -np 2 bitfall glue ...
 
-Without --data_dir, GLUE data is looked for in $BITFALL_GLUE_DIR.
+Without --data_dir, GLUE data is looked for in $BITFALL_GLUE_DIR, and without that on the hub.
 In --output_dir: model.safetensors (quantized), master/ (f32 weights), quantized.safetensors
 (integers), all_results.json, trainer_state.json, bitfall_log.jsonl, report.html, checkpoint-*/."""
 

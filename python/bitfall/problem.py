@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitfall.arguments import GlueArguments
 from bitfall.errors import DataError
+from bitfall.hub_data import download, read_hub_file
 from bitfall.readers import Examples, Table, read_glue_file, read_table
 from bitfall.tasks import TASKS, Task, task_directory
+
+if TYPE_CHECKING:
+    from bitfall._core import Communicator
 
 CUSTOM = "custom"  # name of the problem that own files define
 LABEL = "label"
@@ -35,14 +39,16 @@ class Problem:
         return len(self.labels) or 1
 
 
-def load_problem(arguments: GlueArguments, model_config: dict[str, Any]) -> Problem:
-    """Reads the splits that the flags ask for, cut to --max_..._samples.
+def load_problem(
+    arguments: GlueArguments, model_config: dict[str, Any], communicator: Communicator
+) -> Problem:
+    """Reads the splits that the flags ask for, cut to --max_..._samples. All ranks call it.
 
     `model_config` is the model's config.json: its label order is kept where it names the same
-    labels. Raises DataError for unusable files.
+    labels. A GLUE task without --data_dir is downloaded. Raises DataError for unusable files.
     """
     if arguments.task_name:
-        return _load_task(TASKS[arguments.task_name], arguments, model_config)
+        return _load_task(TASKS[arguments.task_name], arguments, model_config, communicator)
     return _load_own_files(arguments, model_config)
 
 
@@ -65,18 +71,35 @@ def _wanted_splits(arguments: GlueArguments) -> list[tuple[str, int | None]]:
     return [(split, count) for split, is_wanted, count in wanted if is_wanted]
 
 
-def _load_task(task: Task, arguments: GlueArguments, model_config: dict[str, Any]) -> Problem:
+def _load_task(
+    task: Task,
+    arguments: GlueArguments,
+    model_config: dict[str, Any],
+    communicator: Communicator,
+) -> Problem:
+    wanted = _wanted_splits(arguments)
     directory = task_directory(task, arguments.data_dir)
+    if directory is None:
+        read, files = read_hub_file, download(task, [split for split, _ in wanted], communicator)
+    else:
+        read, files = (
+            read_glue_file,
+            {split: _in_folder(task, directory, split) for split, _ in wanted},
+        )
     labels = label_order(task.labels, model_config)
     problem = Problem(task.name, labels, task.metrics)
-    for split, count in _wanted_splits(arguments):
+    for split, count in wanted:
         problem.splits[split] = {}
-        for name, file in task.split_files(split).items():
-            examples = read_glue_file(directory / file, task, split).head(count)
+        for name, path in files[split].items():
+            examples = read(path, task, split).head(count)
             if labels != task.labels and examples.labels is not None:
                 examples.labels = [labels.index(task.labels[int(i)]) for i in examples.labels]
             problem.splits[split][name] = examples
     return problem
+
+
+def _in_folder(task: Task, directory: Path, split: str) -> dict[str, Path]:
+    return {name: directory / file for name, file in task.split_files(split).items()}
 
 
 def _load_own_files(arguments: GlueArguments, model_config: dict[str, Any]) -> Problem:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bitfall.errors import ArgumentsError, DataError
+from bitfall.errors import DataError
 
 DATA_DIR_VARIABLE = "BITFALL_GLUE_DIR"
 
@@ -120,18 +120,15 @@ TASKS = {
 }
 
 
-def task_directory(task: Task, data_dir: str | None) -> Path:
+def task_directory(task: Task, data_dir: str | None) -> Path | None:
     """The folder with the task's TSV files: `data_dir` itself, or the task's folder in it.
 
-    Without `data_dir`, $BITFALL_GLUE_DIR is used. Raises ArgumentsError if neither is given and
-    DataError if the folder holds no training or validation file of the task.
+    Without `data_dir`, $BITFALL_GLUE_DIR is used; None if neither is given: the data is then on the
+    hub. Raises DataError if the folder holds no training or validation file of the task.
     """
     root = data_dir or os.environ.get(DATA_DIR_VARIABLE)
     if not root:
-        raise ArgumentsError(
-            f"--data_dir is missing: give the folder that holds {task.folder}/train.tsv, or set"
-            f" {DATA_DIR_VARIABLE}"
-        )
+        return None
     candidates = [Path(root), Path(root) / task.folder, Path(root) / task.name]
     files = ["train.tsv", *task.split_files("dev").values(), *task.split_files("test").values()]
     # A folder of another task has a train.tsv too: prefer the one that carries the task's name.

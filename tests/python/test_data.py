@@ -17,7 +17,7 @@ from bitfall.outputs import read_json_object
 from bitfall.problem import label_order, load_problem
 from bitfall.readers import Examples
 from bitfall.tokenization import TextEncoder
-from conftest import SPECIAL, TINY_CONFIG, WORDS
+from conftest import SPECIAL, TINY_CONFIG, WORDS, Alone
 
 CLS, SEP, UNK = SPECIAL.index("[CLS]"), SPECIAL.index("[SEP]"), SPECIAL.index("[UNK]")
 
@@ -170,7 +170,7 @@ def own(tmp_path: Path, train: str, dev: str, suffix: str = ".csv"):
         path.write_text(text)
         files[f"{name}_file"] = str(path)
     arguments = GlueArguments(do_train=True, do_eval=True, max_train_samples=3, **files)
-    return load_problem(arguments, {})
+    return load_problem(arguments, {}, Alone())
 
 
 def test_own_files_sorted_labels(tmp_path: Path):
@@ -224,8 +224,8 @@ def test_label_order_of_the_model_is_kept():
 
 def test_task_labels_follow_the_model(glue_dir: Path):
     arguments = GlueArguments(task_name="rte", data_dir=str(glue_dir), do_eval=True)
-    plain = load_problem(arguments, {}).splits["dev"]["rte"].labels
+    plain = load_problem(arguments, {}, Alone()).splits["dev"]["rte"].labels
     swapped = {"id2label": json.loads('{"0": "not_entailment", "1": "entailment"}')}
-    other = load_problem(arguments, swapped)
+    other = load_problem(arguments, swapped, Alone())
     assert other.labels == ("not_entailment", "entailment")
     assert other.splits["dev"]["rte"].labels == [1 - label for label in plain]
