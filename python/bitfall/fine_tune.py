@@ -35,7 +35,7 @@ from bitfall.training_log import LOG_NAME, TrainingLog
 
 
 def fine_tune(arguments: GlueArguments) -> int:
-    """Runs on every rank. Returns 0, or INTERRUPTED after Ctrl-C or SIGTERM with a checkpoint."""
+    """Runs on every rank. Returns 0, or INTERRUPTED after a signal with a checkpoint."""
     communicator = _core.make_communicator()
     if communicator.rank != 0:
         warnings.simplefilter("ignore")

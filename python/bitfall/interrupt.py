@@ -1,4 +1,8 @@
-"""Ctrl-C and SIGTERM as a request to stop after the current step."""
+"""Ctrl-C, SIGTERM and SIGUSR1 as a request to stop after the current step.
+
+SIGUSR1 is for mpirun, which passes it on and waits. Ctrl-C and SIGTERM it turns into SIGTERM and, one
+second later, SIGKILL: too soon for the step and the checkpoint of a real model.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any
 class StopRequest:
     """Context manager: the first signal sets `requested`, the second interrupts at once."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.requested = False

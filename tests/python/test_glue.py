@@ -149,28 +149,49 @@ def test_resume_is_bit_for_bit(run, tmp_path: Path, precision: str):
     ]
 
 
-def test_interrupt_writes_a_checkpoint_and_resumes(
-    tiny_model_dir: Path, sentiment_files, tmp_path: Path
-):
-    flags = base_flags(tiny_model_dir, sentiment_files, tmp_path / "out")
-    flags += ["--num_train_epochs", 50]
-    words = [str(flag) for flag in flags]
-    command = [sys.executable, "-m", "bitfall", *words]
-    log = tmp_path / "out" / "bitfall_log.jsonl"
+def interrupt(command: list[str], out: Path, number: signal.Signals) -> tuple[int, str]:
+    """Sends a signal after some steps; returns the exit code and what was printed."""
+    log = out / "bitfall_log.jsonl"
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
         deadline = time.monotonic() + 60
         while not (log.exists() and log.read_text().count('"event": "step"') > 20):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    return process.returncode, output
+
+
+def test_interrupt_writes_a_checkpoint_and_resumes(
+    tiny_model_dir: Path, sentiment_files, tmp_path: Path
+):
+    out = tmp_path / "out"
+    flags = base_flags(tiny_model_dir, sentiment_files, out)
+    flags += ["--num_train_epochs", 50]
+    command = [sys.executable, "-m", "bitfall", *(str(flag) for flag in flags)]
+    code, output = interrupt(command, out, signal.SIGINT)
+    assert code == 130
     assert "--resume_from_checkpoint true" in output
-    tag = (tmp_path / "out" / "latest").read_text()
+    tag = (out / "latest").read_text()
     assert 20 < int(tag.split("-")[1]) < 650
-    assert run_cli(*flags, "--resume_from_checkpoint", tmp_path / "out" / tag) == 0
-    steps = [event["step"] for event in events(tmp_path / "out", "step")]
-    assert steps == list(range(1, 651))
+    assert run_cli(*flags, "--resume_from_checkpoint", out / tag) == 0
+    assert [event["step"] for event in events(out, "step")] == list(range(1, 651))
+
+
+def test_mpirun_passes_on_the_request_to_stop(
+    tiny_model_dir: Path, sentiment_files, tmp_path: Path
+):
+    mpirun = shutil.which("mpirun")
+    if mpirun is None:
+        pytest.skip("mpirun is not installed")
+    out = tmp_path / "out"
+    flags = base_flags(tiny_model_dir, sentiment_files, out)
+    command = [mpirun, "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable]
+    command += ["-m", "bitfall", *(str(flag) for flag in flags), "--num_train_epochs", "500"]
+    code, output = interrupt(command, out, signal.SIGUSR1)
+    assert code == 130
+    assert output.count("--resume_from_checkpoint true") == 1
+    assert (out / (out / "latest").read_text()).is_dir()
 
 
 def test_two_ranks_equal_one(tiny_model_dir: Path, sentiment_files, tmp_path: Path):
