@@ -1,7 +1,7 @@
 """Ctrl-C, SIGTERM and SIGUSR1 as a request to stop after the current step.
 
-SIGUSR1 is for mpirun, which passes it on and waits. Ctrl-C and SIGTERM it turns into SIGTERM and, one
-second later, SIGKILL: too soon for the step and the checkpoint of a real model.
+SIGUSR1 is for mpirun, which passes it on and waits. Ctrl-C and SIGTERM it turns into SIGTERM and,
+one second later, SIGKILL: too soon for the step and the checkpoint of a real model.
 """
 
 from __future__ import annotations
