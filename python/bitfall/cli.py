@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -95,8 +96,10 @@ def describe(error: BaseException) -> str:
     """One message, with the file for errors of the operating system."""
     if _is_missing_core(error):
         return "the compiled part of bitfall is missing: run 'pip install .' in its source folder"
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        advice = "; free some disk space and try again" if error.errno == errno.ENOSPC else ""
+        return f"{place}{error.strerror}{advice}"
     return str(error)
 
 

@@ -22,7 +22,7 @@ from bitfall.evaluation import evaluate, run_model
 from bitfall.flag_values import complete_config
 from bitfall.metrics import predictions_from_logits
 from bitfall.model_files import has_classifier, resolve_model
-from bitfall.outputs import read_json_object, write_predictions, write_results
+from bitfall.outputs import make_output_dir, read_json_object, write_predictions, write_results
 from bitfall.problem import load_problem
 from bitfall.progress import make_progress
 from bitfall.recorder import Recorder
@@ -66,7 +66,7 @@ class FineTuning:
     def run(self) -> int:
         """Trains, evaluates and predicts as the flags ask."""
         if self.is_first:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
+            make_output_dir(self.output_dir)
         self.communicator.barrier()
         if not self.arguments.do_train and not has_classifier(self.model_dir):
             warnings.warn(

@@ -102,11 +102,14 @@ def _fetcher(task: Task) -> Callable[[str, bool], Path]:
     try:
         import pyarrow.parquet  # noqa: F401  found missing before the download, not after it
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import logging
     except ImportError as error:
         raise DataError(
             f"--task_name {task.name} without --data_dir: downloading GLUE needs the packages"
             f" huggingface_hub and pyarrow ({error}); install them, or {advice}"
         ) from None
+
+    logging.set_verbosity_error()  # without network its retries would bury the one message
 
     def fetch(file: str, local_files_only: bool) -> Path:
         try:

@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from bitfall.errors import DataError
+from bitfall.errors import ArgumentsError, DataError
 
 
-def write_atomically(path: Path, text: str) -> None:
+def make_output_dir(path: Path) -> None:
+    """Raises ArgumentsError if the folder cannot be made or nothing can be written to it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is not a folder" if path.exists() else error.strerror
+        raise ArgumentsError(
+            f"--output_dir {path}: {reason}; give a folder that can be made"
+        ) from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ArgumentsError(
+            f"--output_dir {path}: no permission to write there; give another folder"
+        )
+
+
+@contextlib.contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Errors of the operating system name `path`, which those of an open file do not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
     """Writes under a temporary name and renames: a kill leaves the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with named_errors(path):
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
@@ -41,7 +68,8 @@ def finite_or_none(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Indented, keys in the given order."""
-    write_atomically(path, json.dumps(finite_or_none(value), indent=2, allow_nan=False) + "\n")
+    text = json.dumps(finite_or_none(value), indent=2, allow_nan=False)
+    write_atomically(path, f"{text}\n".encode())
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -73,7 +101,7 @@ def write_predictions(
         text = labels[int(prediction)] if labels else f"{np.float64(prediction):3.3f}"
         lines.append(f"{index}\t{text}")
     path = output_dir / f"predict_results_{name}.txt"
-    write_atomically(path, "\n".join(lines) + "\n")
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
     return path
 
 

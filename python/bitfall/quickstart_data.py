@@ -85,7 +85,7 @@ def fetch_task(cache: Path) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for path, part in ((train, train_examples), (dev, dev_examples)):
         lines = [json.dumps({"sentence": e.sentence, "label": e.label}) for e in part]
-        write_atomically(path, "\n".join(lines) + "\n")
+        write_atomically(path, ("\n".join(lines) + "\n").encode())
     return train, dev
 
 

@@ -49,7 +49,7 @@ def write_report(output_dir: str | Path) -> Path:
         )
     )
     path = output_dir / REPORT_NAME
-    write_atomically(path, page(title, str(output_dir), log.notes, body))
+    write_atomically(path, page(title, str(output_dir), log.notes, body).encode())
     return path
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitfall.errors import DataError
+from bitfall.outputs import write_atomically
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -22,6 +22,11 @@ TOKENIZER_FILES = (
 )
 
 
+# Embedding tables are padded up to multiples of at most this; more rows without a token mean that
+# the tokenizer belongs to another model.
+VOCABULARY_PADDING = 128
+
+
 class TextEncoder:
     """Turns texts into token ids; truncates the longest text of a pair first, as Hugging Face."""
 
@@ -30,12 +35,12 @@ class TextEncoder:
         settings = _read_settings(model_dir / "tokenizer_config.json")
         self._tokenizer = _load_tokenizer(model_dir, settings)
         self._type_vocab_size = _size({"type_vocab_size": 2} | model_config, "type_vocab_size")
-        largest_id = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        tokens = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         vocab_size = _size(model_config, "vocab_size")
-        if largest_id >= vocab_size:
+        if not vocab_size - VOCABULARY_PADDING < tokens <= vocab_size:
             raise DataError(
-                f"{model_dir}: the tokenizer has {largest_id + 1} tokens, but the model's"
-                f" vocab_size is {vocab_size}; use the tokenizer that the model was trained with"
+                f"{model_dir}: the tokenizer has {tokens} tokens, but the model's vocab_size is"
+                f" {vocab_size}; use the tokenizer that the model was trained with"
             )
         self.max_seq_length = _limited_length(max_seq_length, model_config, settings)
         self._tokenizer.no_padding()
@@ -53,9 +58,7 @@ def copy_tokenizer_files(model_dir: Path, output_dir: Path) -> None:
     """Copies the tokenizer next to a saved model so that from_pretrained finds it."""
     for name in TOKENIZER_FILES:
         if (model_dir / name).is_file() and model_dir.resolve() != output_dir.resolve():
-            temporary = output_dir / f".{name}.tmp"
-            shutil.copyfile(model_dir / name, temporary)
-            temporary.replace(output_dir / name)
+            write_atomically(output_dir / name, (model_dir / name).read_bytes())
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

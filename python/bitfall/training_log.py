@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from bitfall.errors import DataError
-from bitfall.outputs import finite_or_none
+from bitfall.outputs import finite_or_none, named_errors
 
 LOG_NAME = "bitfall_log.jsonl"
 
@@ -50,6 +50,7 @@ class TrainingLog:
                 f"{path}: {size} bytes, but the checkpoint knows {keep_bytes}; the log was cut or"
                 " replaced: restore it, or train into another --output_dir"
             )
+        self._path = path
         self._file = path.open("ab")
         self._file.truncate(keep_bytes)
         self.offset = keep_bytes
@@ -58,15 +59,18 @@ class TrainingLog:
         """One line, handed to the operating system at once."""
         line = json.dumps(finite_or_none({"event": event, **fields}), allow_nan=False) + "\n"
         data = line.encode()
-        self._file.write(data)
-        self._file.flush()
+        with named_errors(self._path):
+            self._file.write(data)
+            self._file.flush()
         self.offset += len(data)
 
     def sync(self) -> None:
         """Brings all lines to the disk; before a checkpoint records the offset."""
-        os.fsync(self._file.fileno())
+        with named_errors(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Brings all lines to the disk and closes the file."""
         self.sync()
-        self._file.close()
+        with named_errors(self._path):
+            self._file.close()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from bitfall.cli import BROKEN_PIPE
+from bitfall.cli import BROKEN_PIPE, describe
+from bitfall.training_log import TrainingLog
 from conftest import environment
 
 
@@ -33,3 +35,16 @@ def test_a_reader_that_stops_gets_no_traceback(tmp_path: Path, command: list[str
     assert done.stderr == ""
     if "--help" not in command:  # argparse itself may have swallowed it
         assert done.returncode == BROKEN_PIPE
+
+
+def test_full_disk_names_the_file(tmp_path: Path, monkeypatch):
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log = TrainingLog(tmp_path / "log.jsonl")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left") as error:
+        patch.setattr("os.fsync", full)
+        log.sync()
+    log.close()
+    message = describe(error.value)
+    assert message.startswith(f"{tmp_path / 'log.jsonl'}: No space left on device; free some disk")

@@ -54,8 +54,10 @@ def test_truncation_takes_from_the_longest(tiny_model_dir: Path, alone):
 def test_limits_and_misfits(tiny_model_dir: Path, tmp_path: Path):
     with pytest.warns(UserWarning, match="above the model's limit: using 32"):
         assert TextEncoder(tiny_model_dir, TINY_CONFIG, 128).max_seq_length == 32
-    with pytest.raises(DataError, match="vocab_size is 20"):
-        TextEncoder(tiny_model_dir, TINY_CONFIG | {"vocab_size": 20}, 16)
+    for vocab_size in (20, 1024):
+        with pytest.raises(DataError, match=f"vocab_size is {vocab_size}"):
+            TextEncoder(tiny_model_dir, TINY_CONFIG | {"vocab_size": vocab_size}, 16)
+    TextEncoder(tiny_model_dir, TINY_CONFIG | {"vocab_size": 128}, 16)  # padded
     with pytest.raises(DataError, match="neither tokenizer"):
         TextEncoder(tmp_path, TINY_CONFIG, 16)
     (tmp_path / "tokenizer.json").write_text("{")

@@ -242,7 +242,8 @@ def test_error_on_any_rank_ends_all(tiny_model_dir: Path, sentiment_files, tmp_p
         ({"train_batch_size": 12}, [], "12"),
         ({}, ["--resume_from_checkpoint", "true"], "no complete checkpoint"),
         ({}, ["--model_name_or_path", "./nowhere"], "./nowhere"),
-        ({}, ["--output_dir", "/proc/none/out"], "/proc/none"),
+        ({}, ["--output_dir", "/proc/none/out"], "--output_dir /proc/none"),
+        ({}, ["--output_dir", __file__], "it is not a folder"),
         ({}, ["--deepspeed", "nowhere.json"], "nowhere.json"),
     ],
 )
