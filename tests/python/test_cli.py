@@ -42,9 +42,10 @@ def test_full_disk_names_the_file(tmp_path: Path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     log = TrainingLog(tmp_path / "log.jsonl")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left") as error:
-        patch.setattr("os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left") as error:
         log.sync()
+    monkeypatch.undo()
     log.close()
     message = describe(error.value)
     assert message.startswith(f"{tmp_path / 'log.jsonl'}: No space left on device; free some disk")
