@@ -33,7 +33,7 @@ def last_checkpoint(output_dir: Path) -> Path | None:
     latest = output_dir / LATEST
     if not latest.is_file():
         return None
-    path = output_dir / latest.read_text(encoding="utf-8").strip()
+    path = output_dir / latest.read_text(encoding="utf-8", errors="replace").strip()
     return path if path.is_dir() else None
 
 

@@ -147,6 +147,11 @@ def _own_labels(train: Table | None, model_config: dict[str, Any]) -> tuple[str,
         if not all(isinstance(value, (int, float)) for value in values):
             raise DataError(f"{train.path}: column '{LABEL}' mixes numbers and names")
         return ()
+    if len(set(values)) == 1:
+        raise DataError(
+            f"{train.path}: every label is {values[0]!r}; expected two or more different ones, or"
+            " numbers with a decimal point for regression"
+        )
     if all(isinstance(value, int) for value in values):
         return tuple(str(value) for value in sorted(set(values)))
     return tuple(sorted({str(value) for value in values}))

@@ -198,13 +198,17 @@ def test_own_files_floats_are_regression(tmp_path: Path):
     assert (examples.first, examples.second, examples.labels) == (["a"], ["b"], [2.0])
 
 
+TWO_LABELS = "text,label\na,yes\nb,no\n"
+
+
 @pytest.mark.parametrize(
     ("train", "dev", "message"),
     [
-        ("text,label\na,yes\n", "text,label\nx,no\n", "label 'no' is not one of the training"),
-        ("text,label\na,yes\n", "text\nx\n", "column 'label' is missing"),
-        ("text,label\na,yes\n", "other,label\nx,yes\n", "column 'text' of the training file"),
-        ("label\nyes\n", "label\nyes\n", "no column with text"),
+        (TWO_LABELS, "text,label\nx,maybe\n", "label 'maybe' is not one of the training"),
+        (TWO_LABELS, "text\nx\n", "column 'label' is missing"),
+        (TWO_LABELS, "other,label\nx,yes\n", "column 'text' of the training file"),
+        ("text,label\na,1\nb,1\n", "text,label\nx,1\n", "every label is 1; expected two"),
+        ("label\nyes\nno\n", "label\nyes\n", "no column with text"),
         ("text,label\na,\n", "text,label\nx,yes\n", "line 2: label ''"),
         ("text,label\na,0.5\nb,high\n", "text,label\nx,1\n", "mixes numbers and names"),
         ("text,label\na,0.5\n", "text,label\nx,high\n", "expected a number"),

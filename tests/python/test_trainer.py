@@ -164,6 +164,11 @@ def test_signal_finishes_the_step_and_saves(tmp_path: Path, alone):
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
+def test_latest_that_is_no_text_names_no_checkpoint(tmp_path: Path):
+    (tmp_path / "latest").write_bytes(b"\xff")
+    assert last_checkpoint(tmp_path) is None
+
+
 def test_second_signal_interrupts_at_once():
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
