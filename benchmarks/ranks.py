@@ -27,9 +27,7 @@ def run(model: str) -> list[Result]:
         one = Worker(worker, threads=1)
         two = Worker([*launcher, *worker], threads=1)
         one_seconds, two_seconds = paired_seconds([one, two], ROUNDS)
-        detail = (
-            f"{median(two_seconds):.3f} s a step beside {median(one_seconds):.3f} s alone"
-        )
+        detail = f"{median(two_seconds):.3f} s a step beside {median(one_seconds):.3f} s alone"
         results.append(
             Result(
                 f"two ranks, {dtype}, tokens/s",

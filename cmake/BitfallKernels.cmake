@@ -21,6 +21,10 @@ function(bitfall_kernels target)
     target_compile_definitions(${object} PRIVATE BITFALL_ISA=${isa})
     target_compile_options(${object} PRIVATE -O3 -fopenmp-simd -ffp-contract=off -fno-math-errno
                                              -fno-trapping-math ${BITFALL_ISA_FLAGS_${isa}})
+    # One source, so one instrumented copy finds what sanitizers can find.
+    if(BITFALL_SANITIZE AND NOT isa STREQUAL "generic")
+      target_compile_options(${object} PRIVATE -fno-sanitize=all)
+    endif()
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:${object}>)
   endforeach()
 endfunction()

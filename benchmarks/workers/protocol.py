@@ -34,9 +34,7 @@ def resident_bytes() -> int:
 class Worker:
     """A loaded process that waits for the next measurement."""
 
-    def __init__(
-        self, command: list[str], threads: int = 2, env: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, command: list[str], threads: int = 2) -> None:
         environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
