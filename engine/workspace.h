@@ -15,7 +15,7 @@ class Workspace {
   /// BackendError if it cannot.
   template <typename Layout>
   void plan(Layout&& layout) {
-    base_ = nullptr;
+    base_ = placeholder();
     used_bytes_ = 0;
     layout();
     reserve(used_bytes_);
@@ -23,13 +23,16 @@ class Workspace {
     layout();
   }
 
-  /// The next tensor of the layout, at a multiple of 64 bytes; without data while sizes are added
-  /// up. Its content is undefined.
+  /// The next tensor of the layout, at a multiple of 64 bytes. Its content is undefined, and its
+  /// address means nothing while sizes are added up; but it is not empty, so that both runs of a
+  /// layout that asks for that take the same.
   Tensor take(DType dtype, const Shape& shape);
 
   std::size_t bytes() const { return buffer_.bytes(); }
 
  private:
+  /// Never dereferenced.
+  static std::byte* placeholder();
   void reserve(std::size_t bytes);
 
   Backend& backend_;
