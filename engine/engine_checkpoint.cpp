@@ -1,5 +1,4 @@
 // Engine: checkpoints, the same on every rank.
-#include <cstring>
 
 #include "core/error.h"
 #include "engine/eigenvalue_boundary.h"
@@ -12,8 +11,8 @@ CheckpointTensors Engine::checkpoint_tensors() const {
 }
 
 void Engine::agree(const std::string& error) const {
-  std::vector<std::byte> mine(error.size());
-  std::memcpy(mine.data(), error.data(), error.size());
+  const auto* text = reinterpret_cast<const std::byte*>(error.data());
+  const std::vector<std::byte> mine(text, text + error.size());
   for (const std::vector<std::byte>& bytes : communicator_.all_gather(mine)) {
     if (bytes.empty()) continue;
     throw CheckpointError(std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size()));
