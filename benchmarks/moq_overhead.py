@@ -5,7 +5,7 @@ from statistics import median
 from results import Result
 from workers.protocol import median_ratio, paired_seconds, python_worker
 
-ROUNDS = 15
+ROUNDS = 9
 
 
 def run(model: str) -> list[Result]:

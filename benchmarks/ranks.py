@@ -7,7 +7,7 @@ from statistics import median
 from results import Result
 from workers.protocol import WORKERS, Worker, median_ratio, paired_seconds
 
-ROUNDS = 7
+ROUNDS = 5
 
 
 def run(model: str) -> list[Result]:

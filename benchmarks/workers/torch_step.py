@@ -10,7 +10,6 @@ from transformers import BertForSequenceClassification
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", required=True)
 parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32")
-parser.add_argument("--bf16", choices=["autocast", "pure"], default="autocast")
 parser.add_argument("--mode", choices=["eager", "compiled"], default="eager")
 parser.add_argument("--batch", type=int, default=32)
 parser.add_argument("--length", type=int, default=128)
@@ -23,11 +22,9 @@ base_bytes = resident_bytes()
 model = BertForSequenceClassification.from_pretrained(
     args.model, num_labels=2, attn_implementation="sdpa", dtype=torch.float32
 ).train()
-if args.dtype == "bf16" and args.bf16 == "pure":
-    model = model.to(torch.bfloat16)
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.01, fused=True)
 forward = torch.compile(model) if args.mode == "compiled" else model
-autocast = torch.autocast("cpu", torch.bfloat16, args.dtype == "bf16" and args.bf16 == "autocast")
+autocast = torch.autocast("cpu", torch.bfloat16, args.dtype == "bf16")
 input_ids = torch.randint(1000, 30000, (args.batch, args.length))
 attention_mask = torch.ones_like(input_ids)
 labels = torch.randint(0, 2, (args.batch,))
