@@ -34,7 +34,7 @@ TRAINING_FLAGS = {
     "--per_device_train_batch_size": "32",
     "--per_device_eval_batch_size": "64",
     "--learning_rate": "5e-5",
-    "--num_train_epochs": "2",
+    "--num_train_epochs": "1",
     "--warmup_ratio": "0.1",
     "--logging_steps": "50",
     "--save_strategy": "no",
