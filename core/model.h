@@ -17,6 +17,7 @@ namespace bitfall {
 struct Batch {
   std::vector<std::int32_t> input_ids;        ///< [T]
   std::vector<std::int32_t> token_type_ids;   ///< [T], or empty for all zeros
+  std::vector<std::int32_t> position_ids;     ///< [T], or empty for 0, 1, ... in each sequence
   std::vector<std::int32_t> sequence_starts;  ///< [B+1], first 0, last T, strictly increasing
   std::vector<std::int32_t> sample_keys;   ///< [B] identity of each sample in its step, for dropout
   std::vector<std::int32_t> class_labels;  ///< [B], classification; empty without labels
@@ -62,11 +63,16 @@ class Model {
   virtual void forward(const Batch& batch, const ForwardContext& context) = 0;
   /// f32 [1] on the device: mean loss of the last forward; empty if the batch had no labels.
   virtual Tensor loss() const = 0;
-  /// [B, C] (or [T, 2] for spans) compute dtype.
+  /// What the model puts out, compute dtype: [B, C], [T, 2] for spans, or the encoder's output
+  /// itself, [B, H] or [T, H].
   virtual Tensor logits() const = 0;
   /// gradients (+)= scale * d loss / d weights of the last forward(train or differentiate). Once
   /// per forward: activations may be overwritten on the way.
   virtual void backward(float scale, Accumulate accumulate, const BlockReady& on_block_ready) = 0;
+  /// The same for a loss that the caller has computed from logits(): `d_logits` is its gradient, of
+  /// the shape and dtype of logits(). The batch needs no labels.
+  virtual void backward_from(const Tensor& d_logits, Accumulate accumulate,
+                             const BlockReady& on_block_ready) = 0;
 
   /// Overwrites the gradients of the parameters of `block` (others are left undefined or untouched)
   /// with d loss / d weights in Mode::differentiate. With Recompute::from_block the caller promises

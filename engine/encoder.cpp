@@ -36,9 +36,15 @@ void check_bound(const char* what, std::span<const Tensor> tensors,
 }  // namespace
 
 Encoder::Encoder(Backend& backend, const EncoderConfig& config, const HeadConfig& head)
+    : Encoder(backend, config, make_head(config, head)) {}
+
+Encoder::Encoder(Backend& backend, const EncoderConfig& config, OutputRows rows)
+    : Encoder(backend, config, make_absent_head(rows)) {}
+
+Encoder::Encoder(Backend& backend, const EncoderConfig& config, std::unique_ptr<Head> head)
     : backend_(backend),
       config_(config),
-      head_(make_head(config, head)),
+      head_(std::move(head)),
       parameters_(embedding_parameters(config)),
       workspace_(backend) {
   const int count = static_cast<int>(config.num_hidden_layers);
@@ -169,16 +175,31 @@ void Encoder::layers_forward(int first_layer) {
   head_->forward(pass(), hidden_.back(), EncoderLayer::first_free_dropout_site(num_layers()));
 }
 
-void Encoder::backward(float scale, Accumulate accumulate, const BlockReady& on_block_ready) {
+void Encoder::check_backward_possible() const {
   check<ShapeError>(backward_possible_,
                     "backward needs the activations of a forward pass in Mode::train or "
                     "Mode::differentiate right before it, and uses them up");
   check<ShapeError>(has_gradients_, "backward needs gradients: none were given to bind");
+}
+
+void Encoder::backward(float scale, Accumulate accumulate, const BlockReady& on_block_ready) {
+  check_backward_possible();
+  backward_from(head_->loss_gradient(pass(), scale), accumulate, on_block_ready);
+}
+
+void Encoder::backward_from(const Tensor& d_logits, Accumulate accumulate,
+                            const BlockReady& on_block_ready) {
+  check_backward_possible();
+  const Tensor& logits = head_->logits();
+  check<ShapeError>(d_logits.dtype == logits.dtype && d_logits.shape == logits.shape,
+                    "backward_from: d_logits are ", name(d_logits.dtype), " ",
+                    d_logits.shape.to_string(), ", expected ", name(logits.dtype), " ",
+                    logits.shape.to_string());
   const auto ready = [&on_block_ready](int block) {
     if (on_block_ready) on_block_ready(block);
   };
   constexpr Differentiate kWhat = Differentiate::weights_and_input;
-  head_->backward(pass(), scale, kWhat, accumulate, d_output(layers_.back()));
+  head_->backward(pass(), d_logits, kWhat, accumulate, d_output(layers_.back()));
   for (int layer = num_layers() - 1; layer >= 0; --layer) {
     layer_backward(layer, kWhat, accumulate);
     ready(layer);
@@ -234,8 +255,8 @@ void Encoder::block_gradient(const Batch& batch, int block, Recompute recompute)
     inputs_kept_ = block + 1;
   }
   backward_possible_ = false;
-  head_->backward(pass(), 1.0f, Differentiate::input_only, Accumulate::no,
-                  d_output(layers_.back()));
+  head_->backward(pass(), head_->loss_gradient(pass(), 1.0f), Differentiate::input_only,
+                  Accumulate::no, d_output(layers_.back()));
   for (int layer = num_layers() - 1; layer > block; --layer) {
     layer_backward(layer, Differentiate::input_only, Accumulate::no);
   }

@@ -22,6 +22,9 @@ class Encoder final : public Model {
  public:
   /// Throws ConfigError if the head cannot have so many labels.
   Encoder(Backend& backend, const EncoderConfig& config, const HeadConfig& head);
+  /// BertModel without its pooler: logits() is the output for the first token of each sequence
+  /// [B, H] or for every token [T, H]. Batches have no labels, so there is no loss().
+  Encoder(Backend& backend, const EncoderConfig& config, OutputRows rows);
 
   const std::vector<ParameterSpec>& parameters() const override { return parameters_; }
   /// `gradients` may be empty for a model that only evaluates. Throws ShapeError that names the
@@ -33,6 +36,9 @@ class Encoder final : public Model {
   /// Throws ShapeError unless the last pass was forward() with labels in a mode that keeps
   /// activations, and bind() was given gradients.
   void backward(float scale, Accumulate accumulate, const BlockReady& on_block_ready) override;
+  /// Throws ShapeError as backward() does, and for a d_logits of another shape or dtype.
+  void backward_from(const Tensor& d_logits, Accumulate accumulate,
+                     const BlockReady& on_block_ready) override;
   /// Throws ShapeError as forward() and backward() do, for a block that does not exist, and with
   /// Recompute::from_block if no activations of such a batch are kept.
   void block_gradient(const Batch& batch, int block, Recompute recompute) override;
@@ -47,12 +53,14 @@ class Encoder final : public Model {
     EmbeddingTables tables;
     Tensor gamma, beta;
   };
+  Encoder(Backend& backend, const EncoderConfig& config, std::unique_ptr<Head> head);
   int num_layers() const { return static_cast<int>(layers_.size()); }
   EncoderPass pass() const { return {backend_, device_batch_, scratch_, context_}; }
   /// Checks the batch, plans memory for it and copies it to the device.
   void start(const Batch& batch, const ForwardContext& context);
   void plan_scratch();
   void plan_activations();
+  void check_backward_possible() const;
   void embeddings_forward();
   void embeddings_backward(Accumulate accumulate);
   void layers_forward(int first_layer);

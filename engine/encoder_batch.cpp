@@ -48,6 +48,11 @@ void check_batch(const Batch& batch, const EncoderConfig& config) {
     check_size("token_type_ids", batch.token_type_ids, batch.num_tokens());
     check_range("token_type_ids", batch.token_type_ids, config.type_vocab_size, "type_vocab_size");
   }
+  if (!batch.position_ids.empty()) {
+    check_size("position_ids", batch.position_ids, batch.num_tokens());
+    check_range("position_ids", batch.position_ids, config.max_position_embeddings,
+                "max_position_embeddings");
+  }
 }
 
 void EncoderBatch::plan(Workspace& workspace, const Batch& batch) {
@@ -69,19 +74,19 @@ void EncoderBatch::plan(Workspace& workspace, const Batch& batch) {
 }
 
 void EncoderBatch::upload(Backend& backend, const Batch& batch) const {
-  std::vector<std::int32_t> position_ids, keys, first_keys;
-  position_ids.reserve(batch.input_ids.size());
+  std::vector<std::int32_t> positions, keys, first_keys;
+  positions.reserve(batch.input_ids.size());
   keys.reserve(2 * batch.input_ids.size());
   for (std::size_t b = 0; b + 1 < batch.sequence_starts.size(); ++b) {
     const std::int32_t length = batch.sequence_starts[b + 1] - batch.sequence_starts[b];
     first_keys.insert(first_keys.end(), {batch.sample_keys[b], 0});
     for (std::int32_t position = 0; position < length; ++position) {
-      position_ids.push_back(position);
+      positions.push_back(position);
       keys.insert(keys.end(), {batch.sample_keys[b], position});
     }
   }
   copy_in(backend, batch.input_ids, ids.input_ids);
-  copy_in(backend, position_ids, ids.position_ids);
+  copy_in(backend, batch.position_ids.empty() ? positions : batch.position_ids, ids.position_ids);
   if (batch.token_type_ids.empty()) {
     backend.fill_zero(ids.token_type_ids);
   } else {

@@ -48,10 +48,11 @@ class PooledHead final : public Head {
   }
 
   void forward(const EncoderPass& pass, const Tensor& hidden, int dropout_site) override;
-  void backward(const EncoderPass& pass, float scale, Differentiate what, Accumulate accumulate,
-                const Tensor& d_hidden) override;
+  void backward(const EncoderPass& pass, const Tensor& d_logits, Differentiate what,
+                Accumulate accumulate, const Tensor& d_hidden) override;
 
  private:
+  void loss_backward(const EncoderPass& pass, float scale) override;
   struct Tensors {
     Tensor pooler_weight, pooler_bias;          ///< [H, H], [H]
     Tensor classifier_weight, classifier_bias;  ///< [C, H], [C]
@@ -70,7 +71,7 @@ class PooledHead final : public Head {
   HeadConfig head_;
   Tensors weights_, gradients_;
   Dropout dropout_;
-  Tensor hidden_, pre_activation_, pooled_, d_logits_;
+  Tensor hidden_, pre_activation_, pooled_;
 };
 
 void PooledHead::check_labels(const Batch& batch) const {
@@ -111,24 +112,26 @@ void PooledHead::forward(const EncoderPass& pass, const Tensor& hidden, int drop
   }
 }
 
-void PooledHead::backward(const EncoderPass& pass, float scale, Differentiate what,
+void PooledHead::loss_backward(const EncoderPass& pass, float scale) {
+  if (is_regression()) {
+    pass.backend.mean_squared_error_backward(logits_, labels(pass.batch), scale, d_logits_);
+  } else {
+    pass.backend.cross_entropy_backward(logits_, labels(pass.batch), scale, d_logits_);
+  }
+}
+
+void PooledHead::backward(const EncoderPass& pass, const Tensor& d_logits, Differentiate what,
                           Accumulate accumulate, const Tensor& d_hidden) {
   Backend& backend = pass.backend;
-  check<ShapeError>(static_cast<bool>(loss_), "the batch of the last forward pass had no labels");
-  if (is_regression()) {
-    backend.mean_squared_error_backward(logits_, labels(pass.batch), scale, d_logits_);
-  } else {
-    backend.cross_entropy_backward(logits_, labels(pass.batch), scale, d_logits_);
-  }
   const Tensor d_pooled = first_part(pass.scratch.d_dense, pooled_.shape);
-  backend.linear_backward_input(d_logits_, weights_.classifier_weight, d_pooled, Accumulate::no);
+  backend.linear_backward_input(d_logits, weights_.classifier_weight, d_pooled, Accumulate::no);
   if (dropout_.enabled()) {
     backend.dropout(dropout_, pass.batch.first_token_keys, d_pooled, d_pooled);
   }
   backend.activation_backward(Activation::tanh, pre_activation_, d_pooled, d_pooled, Tensor());
   backend.linear_backward_input(d_pooled, weights_.pooler_weight, d_hidden, Accumulate::no);
   if (what == Differentiate::input_only) return;
-  backend.linear_backward_weight(d_logits_, pooled_, gradients_.classifier_weight,
+  backend.linear_backward_weight(d_logits, pooled_, gradients_.classifier_weight,
                                  gradients_.classifier_bias, accumulate);
   backend.linear_backward_weight(d_pooled, hidden_, gradients_.pooler_weight,
                                  gradients_.pooler_bias, accumulate);
@@ -169,20 +172,22 @@ class SpanHead final : public Head {
     }
   }
 
-  void backward(const EncoderPass& pass, float scale, Differentiate what, Accumulate accumulate,
-                const Tensor& d_hidden) override {
-    check<ShapeError>(static_cast<bool>(loss_), "the batch of the last forward pass had no labels");
-    pass.backend.span_cross_entropy_backward(logits_, pass.batch.sequence_starts,
-                                             pass.batch.span_positions, scale, d_logits_);
-    pass.backend.linear_backward_input(d_logits_, weight_, d_hidden, Accumulate::no);
+  void backward(const EncoderPass& pass, const Tensor& d_logits, Differentiate what,
+                Accumulate accumulate, const Tensor& d_hidden) override {
+    pass.backend.linear_backward_input(d_logits, weight_, d_hidden, Accumulate::no);
     if (what == Differentiate::input_only) return;
-    pass.backend.linear_backward_weight(d_logits_, hidden_, d_weight_, d_bias_, accumulate);
+    pass.backend.linear_backward_weight(d_logits, hidden_, d_weight_, d_bias_, accumulate);
   }
 
  private:
+  void loss_backward(const EncoderPass& pass, float scale) override {
+    pass.backend.span_cross_entropy_backward(logits_, pass.batch.sequence_starts,
+                                             pass.batch.span_positions, scale, d_logits_);
+  }
+
   std::int64_t hidden_size_;
   Tensor weight_, bias_, d_weight_, d_bias_;
-  Tensor hidden_, d_logits_;
+  Tensor hidden_;
 };
 
 void SpanHead::check_labels(const Batch& batch) const {
@@ -199,7 +204,46 @@ void SpanHead::check_labels(const Batch& batch) const {
   }
 }
 
+/// BertModel itself.
+class AbsentHead final : public Head {
+ public:
+  explicit AbsentHead(OutputRows rows) : rows_(rows) {}
+
+  OutputRows rows() const override { return rows_; }
+  std::vector<ParameterSpec> parameters() const override { return {}; }
+  void bind(std::span<const Tensor> /*weights*/, std::span<const Tensor> /*gradients*/) override {}
+
+  void check_labels(const Batch& batch) const override {
+    const bool absent = batch.class_labels.empty() && batch.regression_labels.empty() &&
+                        batch.span_positions.empty();
+    check<ShapeError>(absent, "the batch has labels: a model without a head takes none");
+  }
+
+  void plan(Workspace& /*workspace*/, DType /*compute_dtype*/,
+            const EncoderBatch& /*batch*/) override {}
+
+  void forward(const EncoderPass& /*pass*/, const Tensor& hidden, int /*dropout_site*/) override {
+    logits_ = hidden;
+  }
+
+  void backward(const EncoderPass& pass, const Tensor& d_logits, Differentiate /*what*/,
+                Accumulate /*accumulate*/, const Tensor& d_hidden) override {
+    pass.backend.copy(d_logits, d_hidden);
+  }
+
+ private:
+  void loss_backward(const EncoderPass& /*pass*/, float /*scale*/) override {}
+
+  OutputRows rows_;
+};
+
 }  // namespace
+
+const Tensor& Head::loss_gradient(const EncoderPass& pass, float scale) {
+  check<ShapeError>(static_cast<bool>(loss_), "the batch of the last forward pass had no labels");
+  loss_backward(pass, scale);
+  return d_logits_;
+}
 
 HeadType parse_head_type(std::string_view name) {
   if (name == "classification") return HeadType::classification;
@@ -224,6 +268,10 @@ std::unique_ptr<Head> make_head(const EncoderConfig& config, const HeadConfig& h
       return std::make_unique<SpanHead>(config);
   }
   throw ConfigError("unknown head type");
+}
+
+std::unique_ptr<Head> make_absent_head(OutputRows rows) {
+  return std::make_unique<AbsentHead>(rows);
 }
 
 }  // namespace bitfall

@@ -1,5 +1,6 @@
 // Heads: what stands on the encoder and gives the loss. Classification and regression read the
-// pooled first token of each sequence, spans (question answering) read every token.
+// pooled first token of each sequence, spans (question answering) read every token. A head may also
+// be absent: the encoder's output is then the model's, and the loss the caller's.
 #pragma once
 
 #include <cstdint>
@@ -43,19 +44,28 @@ class Head {
   /// hidden [R, H] -> logits() and, if the batch has labels, loss(); `hidden` is read again by
   /// backward(). `dropout_site` is the first number that no other dropout has.
   virtual void forward(const EncoderPass& pass, const Tensor& hidden, int dropout_site) = 0;
-  /// d_hidden [R, H] = scale * d loss / d hidden, and the gradients of the head's weights unless
-  /// `what` is input_only. Throws ShapeError if the batch had no labels.
-  virtual void backward(const EncoderPass& pass, float scale, Differentiate what,
+  /// scale * d loss / d logits; valid until the next plan(). Throws ShapeError if the batch had no
+  /// labels.
+  const Tensor& loss_gradient(const EncoderPass& pass, float scale);
+  /// From d_logits, shaped as logits(): d_hidden [R, H], and the gradients of the head's weights
+  /// unless `what` is input_only.
+  virtual void backward(const EncoderPass& pass, const Tensor& d_logits, Differentiate what,
                         Accumulate accumulate, const Tensor& d_hidden) = 0;
 
-  const Tensor& logits() const { return logits_; }  ///< [B, C] or, for spans, [T, 2]
+  const Tensor& logits() const { return logits_; }  ///< [B, C], [T, 2] (spans) or [R, H] (none)
   const Tensor& loss() const { return loss_; }      ///< f32 [1], or empty without labels
 
  protected:
-  Tensor logits_, loss_;
+  /// d_logits_ = scale * d loss / d logits; only for a batch with labels.
+  virtual void loss_backward(const EncoderPass& pass, float scale) = 0;
+
+  Tensor logits_, d_logits_, loss_;
 };
 
 /// Throws ConfigError for a number of labels that the type cannot have.
 std::unique_ptr<Head> make_head(const EncoderConfig& config, const HeadConfig& head);
+
+/// No head: logits() is the encoder's output, [B, H] (first_token) or [T, H] (all_tokens).
+std::unique_ptr<Head> make_absent_head(OutputRows rows);
 
 }  // namespace bitfall
