@@ -2,20 +2,31 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
+#include <functional>
+#include <memory>
 #include <vector>
 
 #include "core/communicator.h"
-#include "core/model.h"
 #include "core/parameter_store.h"
 #include "eigen_sched/bit_schedule.h"
 #include "eigen_sched/eigenvalue_config.h"
 #include "eigen_sched/eigenvalue_estimator.h"
-#include "eigen_sched/hessian_vector.h"
+#include "engine/step_result.h"
 
 namespace bitfall {
 
-struct EigenvalueResult;  // engine/engine.h
+/// Products with the diagonal Hessian blocks of this rank's share of the loss, of which the mean
+/// over ranks is the whole loss: at the weights of the forward passes, read in f32, dropout off.
+class HessianSource {
+ public:
+  virtual ~HessianSource() = default;
+  /// Called once per block, from the last one down.
+  virtual void begin_block(int block) = 0;
+  /// product [n] f32 = H v of the current block, v [n] f32 of length 1.
+  virtual void multiply(const Tensor& v, const Tensor& product) = 0;
+};
+
+using MakeHessian = std::function<std::unique_ptr<HessianSource>()>;
 
 /// True if boundary number `boundary` (1 for the first; skipped steps count) needs eigenvalues:
 /// they are on, gas_boundary_resolution divides it, and some block would drop a bit now.
@@ -24,46 +35,23 @@ bool eigenvalues_due(const EigenvalueConfig& config, const BitSchedule& schedule
 
 class EigenvalueBoundary {
  public:
-  /// All arguments must outlive the object; `store` holds the weights that `model` is bound to.
+  /// All arguments must outlive the object.
   EigenvalueBoundary(const EigenvalueConfig& config, std::uint64_t seed, Backend& backend,
-                     Communicator& communicator, Model& model, ParameterStore& store);
+                     Communicator& communicator, const ParameterStore& store);
 
-  /// Eigenvalues of the first layer_num blocks for the mean loss over the samples of all ranks, in
-  /// block order; the same on every rank (collective). A rank may have no micro-batch. Throws
-  /// ShapeError if none has one.
-  ///
-  /// The Hessian is that at store.working(), read in f32, with dropout off. Nothing of the training
-  /// changes: weights keep their bits, gradients lie in memory of their own, and the model is bound
-  /// to the store's working weights and gradients again, also after an exception. `step` keys the
-  /// start vectors.
-  std::vector<EigenvalueResult> compute(std::span<const Batch> micro_batches, std::int64_t step);
-
-  /// Device memory kept from the first call on.
-  std::size_t scratch_bytes() const {
-    return weights_buffer_.bytes() + gradient_buffer_.bytes() + sum_buffer_.bytes();
-  }
+  /// Eigenvalues of the first layer_num blocks for the mean over ranks of `hessian`, in block
+  /// order; the same on every rank (collective). `step` keys the start vectors.
+  std::vector<EigenvalueResult> compute(HessianSource& hessian, std::int64_t step);
 
  private:
   int num_blocks() const;
-  /// store.working() itself if it is f32, otherwise a copy in f32.
-  Tensor f32_weights();
-  Tensor gradient_scratch();
-  PowerIterationResult estimate(int block, std::int64_t step, const Tensor& weights,
-                                std::span<const Batch> micro_batches, DifferenceHessian& hessian);
-  /// This rank's share of the gradient with respect to the parameters of `block`.
-  Tensor gradient(int block, std::span<const Batch> micro_batches);
-  /// What each sample weighs in a sum over which ranks then take the mean.
-  double sample_weight(std::span<const Batch> micro_batches);
+  PowerIterationResult estimate(int block, std::int64_t step, HessianSource& hessian);
 
   EigenvalueConfig config_;
   std::uint64_t seed_;
-  Backend& backend_;
   Communicator& communicator_;
-  Model& model_;
-  ParameterStore& store_;
+  const ParameterStore& store_;
   EigenvalueEstimator estimator_;
-  double sample_weight_ = 0;
-  Buffer weights_buffer_, gradient_buffer_, sum_buffer_;
 };
 
 }  // namespace bitfall

@@ -26,8 +26,8 @@ class PythonEngine {
     engine_ = make_engine(model_dir, head_, config, communicator);
   }
 
-  Engine& engine() { return *engine_; }
-  int num_layers() const { return engine_->store().num_blocks(); }
+  Updater& updater() { return engine_->updater(); }
+  int num_layers() { return updater().store().num_blocks(); }
 
   py::dict train_batch(const std::vector<py::dict>& micro_batches) {
     std::vector<Batch> batches;
@@ -57,22 +57,22 @@ class PythonEngine {
     check<ConfigError>(weights == "master" || weights == "quantized" || weights == "integers",
                        "weights = '", weights, "': expected 'master', 'quantized' or 'integers'");
     if (communicator_.rank() != 0) return;
-    const ParameterStore& store = engine_->store();
+    const ParameterStore& store = updater().store();
     if (weights == "integers") {
-      check<ConfigError>(engine_->quantizer() != nullptr,
+      check<ConfigError>(updater().quantizer() != nullptr,
                          "weights = 'integers': nothing is quantized in this config");
-      save_quantized_file(directory, engine_->backend(), store, *engine_->quantizer(),
-                          engine_->global_step());
+      save_quantized_file(directory, engine_->backend(), store, *updater().quantizer(),
+                          updater().global_step());
       return;
     }
-    const Tensor flat = weights == "master" ? store.master() : engine_->evaluation_weights();
+    const Tensor flat = weights == "master" ? store.master() : updater().evaluation_weights();
     bitfall::save_model(directory, model_config_, engine_->backend(), store.parameters(),
                         store.views(flat));
   }
 
  private:
-  py::dict to_dict(const StepResult& result) const;
-  py::list drops(const StepResult& result) const;
+  py::dict to_dict(const StepResult& result);
+  py::list drops(const StepResult& result);
 
   Communicator& communicator_;
   HeadConfig head_;
@@ -80,8 +80,8 @@ class PythonEngine {
   std::unique_ptr<Engine> engine_;
 };
 
-py::list PythonEngine::drops(const StepResult& result) const {
-  const std::vector<BitStateSpec> states = engine_->bit_states();
+py::list PythonEngine::drops(const StepResult& result) {
+  const std::vector<BitStateSpec> states = updater().bit_states();
   py::list list;
   for (const BitDrop& drop : result.drops) {
     py::dict entry;
@@ -113,9 +113,9 @@ py::list eigenvalues(const StepResult& result) {
   return list;
 }
 
-py::dict PythonEngine::to_dict(const StepResult& result) const {
+py::dict PythonEngine::to_dict(const StepResult& result) {
   py::dict bits;
-  const std::vector<BitStateSpec> states = engine_->bit_states();
+  const std::vector<BitStateSpec> states = updater().bit_states();
   for (std::size_t i = 0; i < states.size(); ++i) bits[py::str(states[i].name)] = result.bits[i];
   py::dict dict;
   dict["step"] = result.step;
@@ -132,7 +132,7 @@ py::dict PythonEngine::to_dict(const StepResult& result) const {
 
 py::dict quantized_sizes(PythonEngine& self) {
   py::dict sizes;
-  for (const auto& [name, size] : self.engine().quantized_sizes()) {
+  for (const auto& [name, size] : self.updater().quantized_sizes()) {
     py::dict entry;
     entry["numel"] = size.numel;
     entry["bits"] = size.bits;
@@ -147,8 +147,8 @@ py::dict quantized_sizes(PythonEngine& self) {
 
 void bind_engine(py::module_& module) {
   const py::call_guard<py::gil_scoped_release> released;
-  const auto of_engine = [](auto member) {
-    return [member](PythonEngine& self) { return (self.engine().*member)(); };
+  const auto of_updater = [](auto member) {
+    return [member](PythonEngine& self) { return (self.updater().*member)(); };
   };
   py::class_<PythonEngine>(module, "Engine")
       .def(py::init<const std::string&, const std::string&, std::int64_t, const CompletedConfig&,
@@ -156,30 +156,30 @@ void bind_engine(py::module_& module) {
            py::arg("model_dir"), py::arg("head"), py::arg("num_labels"), py::arg("config"),
            py::arg("communicator"), py::keep_alive<1, 6>())
       .def_property_readonly("num_layers", &PythonEngine::num_layers)
-      .def_property_readonly("global_step", of_engine(&Engine::global_step))
-      .def_property_readonly("skipped_steps", of_engine(&Engine::skipped_steps))
+      .def_property_readonly("global_step", of_updater(&Updater::global_step))
+      .def_property_readonly("skipped_steps", of_updater(&Updater::skipped_steps))
       .def("train_batch", &PythonEngine::train_batch, py::arg("micro_batches"))
       .def("evaluate", &PythonEngine::evaluate, py::arg("batch"))
       .def(
           "save_checkpoint",
           [](PythonEngine& self, const std::string& directory, const std::string& tag,
              const std::string& client_state) {
-            self.engine().save_checkpoint(directory, tag, client_state);
+            self.updater().save_checkpoint(directory, tag, client_state);
           },
           py::arg("directory"), py::arg("tag"), py::arg("client_state"), released)
       .def(
           "load_checkpoint",
           [](PythonEngine& self, const std::string& directory,
              const std::optional<std::string>& tag) {
-            return self.engine().load_checkpoint(directory, tag.value_or(""));
+            return self.updater().load_checkpoint(directory, tag.value_or(""));
           },
           py::arg("directory"), py::arg("tag") = py::none(), released)
       .def("save_model", &PythonEngine::save_model, py::arg("directory"), py::arg("weights"),
            released)
-      .def("quantization_error", of_engine(&Engine::quantization_error))
+      .def("quantization_error", of_updater(&Updater::quantization_error))
       .def("quantized_sizes", &quantized_sizes)
-      .def("memory_bytes", of_engine(&Engine::memory_bytes))
-      .def("timings", of_engine(&Engine::timings));
+      .def("memory_bytes", of_updater(&Updater::memory_bytes))
+      .def("timings", of_updater(&Updater::timings));
 }
 
 }  // namespace bitfall::python

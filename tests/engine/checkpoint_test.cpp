@@ -59,10 +59,10 @@ class CheckpointTest : public ::testing::Test {
   std::string load_error(Engine& engine, const std::string& tag = "") {
     const std::vector<float> before = masters(engine);
     try {
-      engine.load_checkpoint(folder.path(), tag);
+      engine.updater().load_checkpoint(folder.path(), tag);
     } catch (const CheckpointError& error) {
       EXPECT_TRUE(same_bits(masters(engine), before));
-      EXPECT_EQ(engine.global_step(), 0);
+      EXPECT_EQ(engine.updater().global_step(), 0);
       return error.what();
     }
     return "no error";
@@ -79,12 +79,12 @@ TEST_F(CheckpointTest, ResumeEqualsTheUninterruptedRunBitForBit) {
     const std::string config = precision + config_with_lr("1e-2");
     const auto uninterrupted = make(config);
     for (int step = 0; step < 6; ++step) uninterrupted->train_batch(micro_batches(step));
-    uninterrupted->save_checkpoint(folder.path(), "global_step6", R"({"epoch": 3})");
+    uninterrupted->updater().save_checkpoint(folder.path(), "global_step6", R"({"epoch": 3})");
 
     model.weight_seed = 2;
     const auto resumed = make(config);
-    EXPECT_EQ(resumed->load_checkpoint(folder.path(), ""), R"({"epoch": 3})");
-    EXPECT_EQ(resumed->global_step(), uninterrupted->global_step());
+    EXPECT_EQ(resumed->updater().load_checkpoint(folder.path(), ""), R"({"epoch": 3})");
+    EXPECT_EQ(resumed->updater().global_step(), uninterrupted->updater().global_step());
     for (int step = 6; step < 10; ++step) {
       const StepResult expected = uninterrupted->train_batch(micro_batches(step));
       const StepResult seen = resumed->train_batch(micro_batches(step));
@@ -107,7 +107,7 @@ TEST_F(CheckpointTest, DamageIsFoundBeforeAnythingIsLoaded) {
   for (const char* name :
        {"model.safetensors", "optimizer.safetensors", "state.json", "checksums.json"}) {
     const fs::path file = folder.path() / "good" / name;
-    const auto restore = [&] { writer->save_checkpoint(folder.path(), "good", "{}"); };
+    const auto restore = [&] { writer->updater().save_checkpoint(folder.path(), "good", "{}"); };
 
     restore();
     const auto size = fs::file_size(file);
@@ -130,14 +130,14 @@ TEST_F(CheckpointTest, DamageIsFoundBeforeAnythingIsLoaded) {
 }
 
 TEST_F(CheckpointTest, OtherConfigNamesTheKeys) {
-  make(config_with_lr("1e-3"))->save_checkpoint(folder.path(), "a", "{}");
+  make(config_with_lr("1e-3"))->updater().save_checkpoint(folder.path(), "a", "{}");
   EXPECT_THAT(load_error(*make(config_with_lr("2e-3"))),
               HasSubstr("optimizer.params.lr: 0.001 then, 0.002 now"));
   EXPECT_EQ(load_error(*make(R"("steps_per_print": 3, )" + config_with_lr("1e-3"))), "no error");
 }
 
 TEST_F(CheckpointTest, OtherModelNamesTheTensor) {
-  make(config_with_lr("1e-3"))->save_checkpoint(folder.path(), "a", "{}");
+  make(config_with_lr("1e-3"))->updater().save_checkpoint(folder.path(), "a", "{}");
   model.num_layers = 3;
   EXPECT_THAT(load_error(*make(config_with_lr("1e-3"))), HasSubstr("bert.encoder.layer.2"));
   model.num_layers = 1;
@@ -147,15 +147,17 @@ TEST_F(CheckpointTest, OtherModelNamesTheTensor) {
 TEST_F(CheckpointTest, TagsAndFolders) {
   const auto engine = make(config_with_lr("1e-3"));
   EXPECT_THAT(load_error(*engine), HasSubstr("no file 'latest'"));
-  EXPECT_THROW(engine->save_checkpoint(folder.path(), "../escape", "{}"), CheckpointError);
-  engine->save_checkpoint(folder.path(), "one", "{}");
-  engine->save_checkpoint(folder.path(), "two", "{}");
+  EXPECT_THROW(engine->updater().save_checkpoint(folder.path(), "../escape", "{}"),
+               CheckpointError);
+  engine->updater().save_checkpoint(folder.path(), "one", "{}");
+  engine->updater().save_checkpoint(folder.path(), "two", "{}");
   std::ifstream latest(folder.path() / "latest");
   EXPECT_EQ(std::string(std::istreambuf_iterator<char>(latest), {}), "two");
   EXPECT_THAT(load_error(*engine, "three"), HasSubstr("no such checkpoint"));
-  EXPECT_EQ(engine->load_checkpoint(folder.path(), "one"), "{}");
+  EXPECT_EQ(engine->updater().load_checkpoint(folder.path(), "one"), "{}");
   std::ofstream(folder.path() / "file") << "x";
-  EXPECT_THROW(engine->save_checkpoint(folder.path() / "file", "a", "{}"), CheckpointError);
+  EXPECT_THROW(engine->updater().save_checkpoint(folder.path() / "file", "a", "{}"),
+               CheckpointError);
 }
 
 // Not a test of its own: the process that KilledWriter kills.
@@ -167,7 +169,7 @@ TEST(CheckpointWriter, WritesUntilKilled) {
   for (int step = 0;; ++step) {
     engine->train_batch(micro_batches(step));
     // One tag is replaced over and over, another is new each time.
-    engine->save_checkpoint(path, step % 2 == 0 ? "same" : concat("step", step), "{}");
+    engine->updater().save_checkpoint(path, step % 2 == 0 ? "same" : concat("step", step), "{}");
   }
 }
 
@@ -190,8 +192,8 @@ TEST_F(CheckpointTest, KilledWriterLeavesTheLastGoodCheckpoint) {
     int status = 0;
     ASSERT_EQ(::waitpid(child, &status, 0), child);
     ASSERT_TRUE(WIFSIGNALED(status));
-    EXPECT_EQ(reader->load_checkpoint(folder.path(), ""), "{}");
-    EXPECT_GT(reader->global_step(), 0);
+    EXPECT_EQ(reader->updater().load_checkpoint(folder.path(), ""), "{}");
+    EXPECT_GT(reader->updater().global_step(), 0);
   }
 }
 

@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-#include "engine/engine.h"
+#include "engine/model_hessian.h"
 #include "tests/engine/golden_case.h"
 
 namespace bitfall {
@@ -50,10 +50,18 @@ class EigenvalueBoundaryTest : public testing::Test {
   }
 
   static std::vector<EigenvalueResult> compute(GoldenCase& tiny, const EigenvalueConfig& config,
-                                               std::span<const Batch> micro_batches) {
+                                               std::span<const Batch> micro_batches,
+                                               std::int64_t step = kStep) {
     SingleProcess alone;
-    EigenvalueBoundary boundary(config, kSeed, tiny.backend, alone, tiny.model, tiny.store);
-    return boundary.compute(micro_batches, kStep);
+    return compute(tiny, config, micro_batches, step, alone);
+  }
+
+  static std::vector<EigenvalueResult> compute(GoldenCase& tiny, const EigenvalueConfig& config,
+                                               std::span<const Batch> micro_batches,
+                                               std::int64_t step, Communicator& communicator) {
+    ModelHessian hessian(tiny.backend, communicator, tiny.model, tiny.store, micro_batches);
+    EigenvalueBoundary boundary(config, kSeed, tiny.backend, communicator, tiny.store);
+    return boundary.compute(hessian, step);
   }
 
   static std::vector<EigenvalueResult> compute(GoldenCase& tiny, double tol) {
@@ -140,10 +148,7 @@ TEST_F(EigenvalueBoundaryTest, IsDeterministicAndKeyedByStep) {
   GoldenCase tiny(kTinyCase, DType::f32);
   const double first = compute(tiny, 1e-2)[0].value;
   EXPECT_EQ(compute(tiny, 1e-2)[0].value, first);
-  SingleProcess alone;
-  EigenvalueBoundary boundary(config_with_tol(1e-2), kSeed, tiny.backend, alone, tiny.model,
-                              tiny.store);
-  EXPECT_NE(boundary.compute({&tiny.batch, 1}, kStep + 1)[0].value, first);
+  EXPECT_NE(compute(tiny, config_with_tol(1e-2), {&tiny.batch, 1}, kStep + 1)[0].value, first);
 }
 
 TEST_F(EigenvalueBoundaryTest, SeveralMicroBatchesGiveTheirMean) {
@@ -169,9 +174,8 @@ TEST_F(EigenvalueBoundaryTest, ReducesEachProductOverTheRanks) {
   GoldenCase tiny(kTinyCase, DType::f32);
   const std::vector<EigenvalueResult> alone = compute(tiny, 1e-4);
   HalvingCommunicator halving;
-  EigenvalueBoundary boundary(config_with_tol(1e-4), kSeed, tiny.backend, halving, tiny.model,
-                              tiny.store);
-  const std::vector<EigenvalueResult> half = boundary.compute({&tiny.batch, 1}, kStep);
+  const std::vector<EigenvalueResult> half =
+      compute(tiny, config_with_tol(1e-4), {&tiny.batch, 1}, kStep, halving);
   int products = 0;
   for (std::size_t i = 0; i < half.size(); ++i) {
     EXPECT_NEAR(half[i].value, alone[i].value, 2e-3 * alone[i].value);

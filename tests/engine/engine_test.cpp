@@ -57,7 +57,7 @@ TEST_F(EngineTest, OneLayerOverfitsOneBatch) {
   for (int step = 0; step < 60; ++step) last = engine->train_batch(batch).loss;
   EXPECT_GT(first, 0.4);
   EXPECT_LT(last, 0.01);
-  EXPECT_EQ(engine->global_step(), 61);
+  EXPECT_EQ(engine->updater().global_step(), 61);
   EXPECT_LT(engine->evaluate(batch[0]).loss.value(), 0.01);
 }
 
@@ -115,15 +115,16 @@ TEST_F(EngineTest, OverflowMovesNothingButTheLossScale) {
   EXPECT_TRUE(same_bits(masters(*engine), before));
   int tries = 1;
   while (engine->train_batch(batch).skipped) ++tries;
-  EXPECT_EQ(engine->skipped_steps(), tries);
-  EXPECT_EQ(engine->global_step(), 1);
+  EXPECT_EQ(engine->updater().skipped_steps(), tries);
+  EXPECT_EQ(engine->updater().global_step(), 1);
   EXPECT_LT(tries, 40);
   EXPECT_GT(distance(masters(*engine), before), 0);
 }
 
 TEST_F(EngineTest, NonFiniteGradientWithoutLossScalingIsAnErrorThatNamesTheParameter) {
   const auto engine = make(R"("train_batch_size": 8)");
-  const Tensor weight = engine->store().master(engine->store().index_of("classifier.weight"));
+  const Tensor weight =
+      engine->updater().store().master(engine->updater().store().index_of("classifier.weight"));
   weight.as<float>()[0] = std::numeric_limits<float>::quiet_NaN();
   const std::vector<float> before = masters(*engine);
   try {
@@ -144,7 +145,7 @@ TEST_F(EngineTest, BitsFollowTheSchedule) {
     std::vector<std::int64_t> drops;
     for (int step = 0; step < 6; ++step) {
       const StepResult result = engine->train_batch(std::vector<Batch>{tiny_batch(4 * step, 4)});
-      ASSERT_EQ(result.bits.size(), engine->bit_states().size());
+      ASSERT_EQ(result.bits.size(), engine->updater().bit_states().size());
       trace.push_back(result.bits[0]);
       for (const BitDrop& drop : result.drops) drops.push_back(drop.step);
     }
@@ -166,8 +167,8 @@ TEST_F(EngineTest, EvaluationWeightsLieOnTheGridAndTrainingDoesNotNoticeThem) {
   }
   EXPECT_TRUE(same_bits(masters(*engine), masters(*undisturbed)));
 
-  const Tensor flat = engine->evaluation_weights();
-  const ParameterStore& store = engine->store();
+  const Tensor flat = engine->updater().evaluation_weights();
+  const ParameterStore& store = engine->updater().store();
   const std::size_t index = store.index_of("bert.encoder.layer.1.intermediate.dense.weight");
   const Parameter& parameter = store.parameters()[index];
   const float* values = flat.as<float>() + parameter.offset;
@@ -175,12 +176,12 @@ TEST_F(EngineTest, EvaluationWeightsLieOnTheGridAndTrainingDoesNotNoticeThem) {
     const float* begin = values + group * parameter.numel / 4;
     EXPECT_LE(std::set<float>(begin, begin + parameter.numel / 4).size(), 64u);
   }
-  const auto sizes = engine->quantized_sizes();
+  const auto sizes = engine->updater().quantized_sizes();
   EXPECT_EQ(sizes.at(parameter.name).bits, 6);
   EXPECT_EQ(sizes.at(parameter.name).bytes_f32, parameter.numel * 4);
   EXPECT_LT(sizes.at(parameter.name).bytes_quantized, parameter.numel + 64);
   EXPECT_EQ(sizes.at("classifier.bias").bits, 32);
-  const double error = engine->quantization_error().at(parameter.name);
+  const double error = engine->updater().quantization_error().at(parameter.name);
   EXPECT_GT(error, 0.001);
   EXPECT_LT(error, 0.1);
 }
@@ -193,8 +194,8 @@ TEST_F(EngineTest, EvaluationInF32WhateverTheComputeDtype) {
   Batch unlabeled = batch;
   unlabeled.class_labels.clear();
   EXPECT_FALSE(full->evaluate(unlabeled).loss.has_value());
-  EXPECT_TRUE(full->store().working_is_master());
-  EXPECT_EQ(full->memory_bytes().at("working"), 0);
+  EXPECT_TRUE(full->updater().store().working_is_master());
+  EXPECT_EQ(full->updater().memory_bytes().at("working"), 0);
 }
 
 TEST_F(EngineTest, EigenvaluesAreTakenWhenABlockWouldDrop) {
@@ -209,8 +210,8 @@ TEST_F(EngineTest, EigenvaluesAreTakenWhenABlockWouldDrop) {
     ASSERT_EQ(result.drops.size(), 3u);
     EXPECT_EQ(result.drops[0].factor, result.eigenvalues[0].factor);
   }
-  EXPECT_GT(engine->timings().at("eigenvalues"), 0);
-  EXPECT_EQ(engine->timings().at("eigenvalues"), 0);
+  EXPECT_GT(engine->updater().timings().at("eigenvalues"), 0);
+  EXPECT_EQ(engine->updater().timings().at("eigenvalues"), 0);
 }
 
 TEST_F(EngineTest, ConfigMustFitTheModel) {

@@ -113,15 +113,15 @@ TEST(EngineMpi, CheckpointsAreWrittenOnceAndFailTogether) {
   const std::string folder(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 
   engine->train_batch(share(0, first, micro_batch));
-  engine->save_checkpoint(folder, "a", "{}");
+  engine->updater().save_checkpoint(folder, "a", "{}");
   const std::vector<float> saved = masters(*engine);
   engine->train_batch(share(1, first, micro_batch));
-  EXPECT_EQ(engine->load_checkpoint(folder, ""), "{}");
+  EXPECT_EQ(engine->updater().load_checkpoint(folder, ""), "{}");
   EXPECT_TRUE(test::same_bits(masters(*engine), saved));
-  EXPECT_EQ(engine->global_step(), 1);
+  EXPECT_EQ(engine->updater().global_step(), 1);
   // Only one rank is given a tag that does not exist; the others must not wait for it.
   const std::string tag = world().rank() == 0 ? "missing" : "a";
-  EXPECT_THROW(engine->load_checkpoint(folder, tag), CheckpointError);
+  EXPECT_THROW(engine->updater().load_checkpoint(folder, tag), CheckpointError);
   EXPECT_TRUE(test::same_bits(masters(*engine), saved));
   world().barrier();
 }

@@ -82,7 +82,7 @@ inline Batch tiny_batch(int first, int count, int key_offset = 0) {
 
 /// Bits of the master weights.
 inline std::vector<float> masters(const Engine& engine) {
-  const Tensor master = engine.store().master();
+  const Tensor master = engine.updater().store().master();
   return {master.as<float>(), master.as<float>() + master.numel()};
 }
 

@@ -1,16 +1,15 @@
-// Engine: checkpoints, the same on every rank.
+// Updater: checkpoints, the same on every rank.
 
 #include "core/error.h"
-#include "engine/eigenvalue_boundary.h"
-#include "engine/engine.h"
+#include "engine/updater.h"
 
 namespace bitfall {
 
-CheckpointTensors Engine::checkpoint_tensors() const {
+CheckpointTensors Updater::checkpoint_tensors() const {
   return {store_.master(), optimizer_.exp_avg(), optimizer_.exp_avg_sq()};
 }
 
-void Engine::agree(const std::string& error) const {
+void Updater::agree(const std::string& error) const {
   const auto* text = reinterpret_cast<const std::byte*>(error.data());
   const std::vector<std::byte> mine(text, text + error.size());
   for (const std::vector<std::byte>& bytes : communicator_.all_gather(mine)) {
@@ -19,8 +18,8 @@ void Engine::agree(const std::string& error) const {
   }
 }
 
-void Engine::save_checkpoint(const std::filesystem::path& directory, const std::string& tag,
-                             const std::string& client_state) {
+void Updater::save_checkpoint(const std::filesystem::path& directory, const std::string& tag,
+                              const std::string& client_state) {
   std::string error;
   if (communicator_.rank() == 0) {
     TrainingState state = state_;
@@ -30,7 +29,7 @@ void Engine::save_checkpoint(const std::filesystem::path& directory, const std::
     state.config = config_.json;
     state.client_state = client_state;
     try {
-      bitfall::save_checkpoint(directory, tag, *backend_, store_, checkpoint_tensors(), state);
+      bitfall::save_checkpoint(directory, tag, backend_, store_, checkpoint_tensors(), state);
     } catch (const std::exception& failure) {
       error = failure.what();
     }
@@ -38,8 +37,8 @@ void Engine::save_checkpoint(const std::filesystem::path& directory, const std::
   agree(error);
 }
 
-std::string Engine::load_checkpoint(const std::filesystem::path& directory,
-                                    const std::string& tag) {
+std::string Updater::load_checkpoint(const std::filesystem::path& directory,
+                                     const std::string& tag) {
   std::string error;
   std::optional<LoadedCheckpoint> loaded;
   std::optional<BitSchedule> schedule;
@@ -56,13 +55,12 @@ std::string Engine::load_checkpoint(const std::filesystem::path& directory,
   }
   agree(error);  // from here on nothing can fail for what the checkpoint holds
 
-  loaded->read(*backend_, store_, checkpoint_tensors());
+  loaded->read(backend_, store_, checkpoint_tensors());
   state_ = loaded->state();
   optimizer_.set_steps(state_.optimizer_steps);
   loss_scaler_ = scaler;
   if (schedule) bit_schedule_->restore(schedule->state());
   evaluation_buffer_ = Buffer();
-  binding_ = Binding::none;
   publish_weights();
   communicator_.barrier();
   return state_.client_state;

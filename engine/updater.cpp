@@ -1,0 +1,203 @@
+#include "engine/updater.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/error.h"
+#include "engine/layer_names.h"
+
+namespace bitfall {
+namespace {
+
+ParameterStore::WorkingCopy working_copy(const Config& config) {
+  const bool shared = config.compute_dtype == DType::f32 && !config.quantize.enabled;
+  return shared ? ParameterStore::WorkingCopy::shared : ParameterStore::WorkingCopy::separate;
+}
+
+/// Ranges of the flat buffers that belong to no block.
+std::vector<FlatRange> outside_of_blocks(const ParameterStore& store) {
+  std::vector<FlatRange> ranges;
+  std::int64_t begin = 0;
+  const auto add_until = [&](std::int64_t end) {
+    if (end > begin) ranges.push_back({begin, end - begin});
+  };
+  for (int block = 0; block < store.num_blocks(); ++block) {
+    const FlatRange range = store.block_range(block);
+    add_until(range.begin);
+    begin = range.begin + range.numel;
+  }
+  add_until(store.numel());
+  return ranges;
+}
+
+double to_host(Backend& backend, const Tensor& scalar) {
+  float value = 0;
+  backend.copy(scalar, Tensor{&value, DType::f32, scalar.shape, Device::cpu});
+  return value;
+}
+
+int width(DType dtype) { return dtype == DType::f32 ? 32 : 16; }
+
+}  // namespace
+
+Updater::Updater(Backend& backend, Communicator& communicator, const CompletedConfig& config,
+                 const std::vector<ParameterSpec>& parameters, const LoadWeights& load_weights)
+    : backend_(backend),
+      communicator_(communicator),
+      config_(config),
+      store_(backend, parameters, this->config().compute_dtype, working_copy(this->config())),
+      optimizer_(backend, store_, this->config().optimizer),
+      loss_scaler_(this->config().loss_scale),
+      lr_schedule_(this->config().scheduler, this->config().optimizer.lr),
+      unblocked_(outside_of_blocks(store_)) {
+  const Config& values = this->config();
+  if (values.quantize.enabled) {
+    const std::string path = layer_path(store_.parameters());
+    check_layers(values.eigenvalue, path, store_.num_blocks());
+    bit_schedule_ = std::make_unique<BitSchedule>(
+        values.quantize, bitfall::bit_states(values.quantize, store_.parameters(), path),
+        values.eigenvalue.enabled ? store_.num_blocks() : 0);
+    quantizer_ = std::make_unique<Quantizer>(values.quantize, store_, *bit_schedule_, values.seed);
+    eigenvalues_ = std::make_unique<EigenvalueBoundary>(values.eigenvalue, values.seed, backend,
+                                                        communicator, store_);
+  }
+  load_weights(backend_, store_);
+  broadcast_weights();
+  publish_weights();
+}
+
+void Updater::broadcast_weights() {
+  if (communicator_.world_size() == 1) return;
+  std::vector<std::byte> bytes;
+  for (std::size_t index = 0; index < store_.parameters().size(); ++index) {
+    const Tensor master = store_.master(index);
+    bytes.resize(master.bytes());
+    const Tensor host{bytes.data(), DType::f32, master.shape, Device::cpu};
+    backend_.copy(master, host);
+    communicator_.broadcast(bytes, 0);
+    backend_.copy(host, master);
+  }
+}
+
+std::vector<BitStateSpec> Updater::bit_states() const {
+  return bit_schedule_ ? bit_schedule_->specs() : std::vector<BitStateSpec>{};
+}
+
+std::vector<int> Updater::bits_per_state() const {
+  std::vector<int> bits;
+  for (std::size_t state = 0; state < bit_states().size(); ++state) {
+    bits.push_back(bit_schedule_->quantizing() ? bit_schedule_->bits(state)
+                                               : width(config().compute_dtype));
+  }
+  return bits;
+}
+
+void Updater::start_reduction(int block) {
+  const auto reduce = [this](const FlatRange& range) {
+    communicator_.all_reduce_async(store_.gradient().flat_slice(range.begin, range.numel),
+                                   ReduceOp::mean);
+  };
+  if (block != kNoBlock) return reduce(store_.block_range(block));
+  for (const FlatRange& range : unblocked_) reduce(range);
+}
+
+StepResult Updater::step(const Tensor& loss, const MakeHessian& make_hessian) {
+  timer_.measure("all_reduce", [&] {
+    communicator_.all_reduce_async(loss, ReduceOp::mean);
+    communicator_.wait_all();
+  });
+  StepResult result;
+  result.loss = to_host(backend_, loss);
+  result.loss_scale = loss_scaler_.scale();
+  result.learning_rate = lr_schedule_.rate(state_.global_step);
+  result.grad_norm = timer_.measure("update", [&] { return gradient_norm(); });
+  ++state_.boundaries;
+  if (!std::isfinite(result.grad_norm)) return skip_step(std::move(result));
+
+  const std::vector<double> eigenvalues = compute_eigenvalues(make_hessian, result);
+  if (bit_schedule_) result.drops = bit_schedule_->advance(state_.global_step + 1, eigenvalues);
+  if (!result.drops.empty()) check_ranks_agree_on_bits();
+  update(result);
+  publish_weights();
+  result.step = state_.global_step;
+  result.bits = bits_per_state();
+  return result;
+}
+
+double Updater::gradient_norm() {
+  return std::sqrt(backend_.squared_sum(store_.gradient())) / loss_scaler_.scale();
+}
+
+StepResult Updater::skip_step(StepResult result) {
+  if (config().compute_dtype != DType::f16) refuse_gradient(result.loss);
+  loss_scaler_.on_overflow();
+  ++state_.skipped_steps;
+  result.step = state_.global_step;
+  result.skipped = true;
+  result.bits = bits_per_state();
+  return result;
+}
+
+void Updater::refuse_gradient(double loss) const {
+  const std::vector<Parameter>& parameters = store_.parameters();
+  std::size_t index = 0;
+  while (index + 1 < parameters.size() &&
+         std::isfinite(backend_.squared_sum(store_.gradient(index)))) {
+    ++index;
+  }
+  throw TrainingError(concat("step ", state_.global_step + 1, ": the gradient of '",
+                             parameters[index].name, "' is not finite (loss ", loss,
+                             "); no weight was changed. Lower the learning rate, set "
+                             "gradient_clipping, or look for broken values in the data"));
+}
+
+std::vector<double> Updater::compute_eigenvalues(const MakeHessian& make_hessian,
+                                                 StepResult& result) {
+  std::vector<double> normalized;
+  if (!bit_schedule_ || !eigenvalues_due(config().eigenvalue, *bit_schedule_, state_.boundaries)) {
+    return normalized;
+  }
+  timer_.measure("eigenvalues", [&] {
+    const std::unique_ptr<HessianSource> hessian = make_hessian();
+    result.eigenvalues = eigenvalues_->compute(*hessian, state_.global_step + 1);
+  });
+  for (const EigenvalueResult& eigenvalue : result.eigenvalues) {
+    normalized.push_back(eigenvalue.normalized);
+  }
+  return normalized;
+}
+
+void Updater::update(StepResult& result) {
+  // The 1e-6 is DeepSpeed's and PyTorch's.
+  const double clipping = config().gradient_clipping;
+  const double clip = clipping > 0 ? std::min(1.0, clipping / (result.grad_norm + 1e-6)) : 1.0;
+  timer_.measure("update", [&] {
+    optimizer_.step(store_, result.learning_rate, clip / loss_scaler_.scale());
+  });
+  loss_scaler_.on_success();
+  ++state_.global_step;
+}
+
+void Updater::publish_weights() {
+  timer_.measure("quantize", [&] {
+    if (quantizer_) {
+      quantizer_->publish(backend_, store_, state_.global_step);
+    } else if (!store_.working_is_master()) {
+      backend_.cast(store_.master(), store_.working());
+    }
+  });
+}
+
+void Updater::check_ranks_agree_on_bits() const {
+  if (communicator_.world_size() == 1) return;
+  const std::vector<int> bits = bits_per_state();
+  const auto view = std::as_bytes(std::span(bits));
+  const std::vector<std::byte> mine(view.begin(), view.end());
+  for (const std::vector<std::byte>& other : communicator_.all_gather(mine)) {
+    check<CommunicationError>(other == mine, "step ", state_.global_step + 1, ", rank ",
+                              communicator_.rank(),
+                              ": the ranks disagree on the bits of their layers; this is a bug");
+  }
+}
+
+}  // namespace bitfall

@@ -1,0 +1,135 @@
+// Updater: all of a training step that comes after the gradients, for any model. It owns
+// parameters, optimizer, loss scale, schedules and quantizer, and writes and reads the checkpoint
+// of them all.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/backend.h"
+#include "core/communicator.h"
+#include "core/model.h"
+#include "core/parameter_store.h"
+#include "eigen_sched/bit_schedule.h"
+#include "engine/checkpoint.h"
+#include "engine/config.h"
+#include "engine/eigenvalue_boundary.h"
+#include "engine/loss_scaler.h"
+#include "engine/lr_schedule.h"
+#include "engine/optimizer.h"
+#include "engine/phase_timer.h"
+#include "engine/step_result.h"
+#include "quantizer/quantizer.h"
+
+namespace bitfall {
+
+struct QuantizedSize {
+  std::int64_t numel = 0;
+  int bits = 32;  ///< 32 for a parameter that is not quantized
+  std::int64_t bytes_f32 = 0, bytes_quantized = 0;
+};
+
+/// Every rank constructs it with the same arguments and calls the same functions in the same order;
+/// an exception on one rank must end all (Communicator::abort).
+class Updater {
+ public:
+  /// Fills the master weights of the store.
+  using LoadWeights = std::function<void(Backend& backend, const ParameterStore& store)>;
+
+  /// `backend` and `communicator` must outlive the object. Weights of rank 0 are broadcast. Throws
+  /// ConfigError if the config does not fit the parameters (layer_name, layer_num, groups that do
+  /// not divide).
+  Updater(Backend& backend, Communicator& communicator, const CompletedConfig& config,
+          const std::vector<ParameterSpec>& parameters, const LoadWeights& load_weights);
+
+  const Config& config() const { return config_.config; }
+  const ParameterStore& store() const { return store_; }
+  /// Null if nothing is quantized.
+  const Quantizer* quantizer() const { return quantizer_.get(); }
+  std::int64_t global_step() const { return state_.global_step; }      ///< updates so far
+  std::int64_t skipped_steps() const { return state_.skipped_steps; }  ///< overflows so far
+  /// What gradients must be multiplied by before they are summed into store().gradient().
+  double loss_scale() const { return loss_scaler_.scale(); }
+  /// States of the bit schedule, parallel to StepResult::bits; empty without quantization.
+  std::vector<BitStateSpec> bit_states() const;
+  /// As in StepResult; the width of the compute dtype while quantization has not begun.
+  std::vector<int> bits_per_state() const;
+
+  /// Starts the mean over ranks of the gradients of `block` (kNoBlock: of all parameters outside of
+  /// blocks), which are complete on this rank. Every rank calls it once per block, and once with
+  /// kNoBlock, in the same order before step().
+  void start_reduction(int block);
+
+  /// The step: waits for the reductions, then norm, clipping, eigenvalues, bit schedule, Adam and
+  /// the new working weights.
+  ///
+  /// `loss` [1] f32 on the device: this rank's share, of which the mean over ranks is the loss; it
+  /// is overwritten by that mean. `make_hessian` is called if eigenvalues are due; its products are
+  /// then this rank's share in the same sense.
+  ///
+  /// An fp16 overflow skips the step: loss scale and counters move, weights and schedules do not.
+  /// Throws TrainingError that names step and parameter if a gradient is not finite outside of
+  /// fp16, or the loss scale is at its minimum; weights are then untouched.
+  StepResult step(const Tensor& loss, const MakeHessian& make_hessian);
+
+  /// Flat f32 [numel]: the quantized weights exactly on their grid (masters where nothing is
+  /// quantized), to be read only; valid until release_evaluation_weights() or load_checkpoint().
+  Tensor evaluation_weights();
+  /// Frees the memory of evaluation_weights(), which is not needed while training.
+  void release_evaluation_weights() { evaluation_buffer_ = Buffer(); }
+
+  /// Writes DIRECTORY/TAG and then DIRECTORY/latest (rank 0). Collective; throws CheckpointError on
+  /// every rank if it failed on one.
+  void save_checkpoint(const std::filesystem::path& directory, const std::string& tag,
+                       const std::string& client_state);
+  /// Restores everything bit for bit and returns client_state. `tag` empty: the latest. Collective;
+  /// throws CheckpointError on every rank if it failed on one, with nothing changed.
+  std::string load_checkpoint(const std::filesystem::path& directory, const std::string& tag);
+
+  /// Name -> |quantized - master| / |master| (L2) of each quantized parameter.
+  std::map<std::string, double> quantization_error();
+  std::map<std::string, QuantizedSize> quantized_sizes() const;
+  /// Device memory by purpose.
+  std::map<std::string, std::int64_t> memory_bytes() const;
+  /// For the phases that the caller runs: "forward" and "backward".
+  PhaseTimer& timer() { return timer_; }
+  /// Seconds since the last call by phase: forward, backward, all_reduce, update, quantize,
+  /// eigenvalues.
+  std::map<std::string, double> timings();
+
+ private:
+  void broadcast_weights();
+  double gradient_norm();
+  StepResult skip_step(StepResult result);
+  std::vector<double> compute_eigenvalues(const MakeHessian& make_hessian, StepResult& result);
+  void update(StepResult& result);
+  void publish_weights();
+  [[noreturn]] void refuse_gradient(double loss) const;
+  void check_ranks_agree_on_bits() const;
+  CheckpointTensors checkpoint_tensors() const;
+  /// Throws CheckpointError on every rank if `error` is not empty on one.
+  void agree(const std::string& error) const;
+
+  Backend& backend_;
+  Communicator& communicator_;
+  CompletedConfig config_;
+  ParameterStore store_;
+  Optimizer optimizer_;
+  LossScaler loss_scaler_;
+  LrSchedule lr_schedule_;
+  std::unique_ptr<BitSchedule> bit_schedule_;        ///< null without quantization
+  std::unique_ptr<Quantizer> quantizer_;             ///< null without quantization
+  std::unique_ptr<EigenvalueBoundary> eigenvalues_;  ///< null without quantization
+  TrainingState state_;
+  std::vector<FlatRange> unblocked_;  ///< what lies in no block
+  Buffer evaluation_buffer_;
+  PhaseTimer timer_;
+};
+
+}  // namespace bitfall
