@@ -1,7 +1,8 @@
 // The optimizer's update and the vector operations over flat f32 buffers.
 #include <vector>
 
-#include "csrc_cpu/checks.h"
+#include "core/checks.h"
+#include "core/operation_checks.h"
 #include "csrc_cpu/cpu_backend.h"
 #include "csrc_cpu/parallel.h"
 
@@ -10,20 +11,6 @@ namespace {
 
 // Elements per piece of work; also the unit of ordered sums, so it must not depend on threads.
 constexpr std::int64_t kChunk = 16384;
-
-void check_vector(const char* operation, const char* what, const Tensor& tensor,
-                  std::int64_t numel) {
-  check_dtype(operation, what, tensor, DType::f32);
-  check<ShapeError>(tensor.numel() == numel, operation, ": ", what, " has ", tensor.numel(),
-                    " elements, expected ", numel);
-}
-
-void check_range(const DecayRange& range, std::int64_t numel) {
-  check<ShapeError>(range.begin >= 0 && range.numel >= 0 && range.begin <= numel &&
-                        range.numel <= numel - range.begin,
-                    "adam_update: range of ", range.numel, " elements at ", range.begin,
-                    " is outside of ", numel, " elements");
-}
 
 }  // namespace
 
@@ -56,13 +43,8 @@ void CpuBackend::axpby(float alpha, const Tensor& x, float beta, const Tensor& y
 void CpuBackend::adam_update(const AdamStep& step, std::span<const DecayRange> ranges,
                              const Tensor& gradient, const Tensor& master, const Tensor& exp_avg,
                              const Tensor& exp_avg_sq) {
-  constexpr const char* kName = "adam_update";
+  check_adam(ranges, gradient, master, exp_avg, exp_avg_sq);
   const std::int64_t numel = master.numel();
-  check_vector(kName, "master", master, numel);
-  check_vector(kName, "gradient", gradient, numel);
-  check_vector(kName, "exp_avg", exp_avg, numel);
-  check_vector(kName, "exp_avg_sq", exp_avg_sq, numel);
-  for (const DecayRange& range : ranges) check_range(range, numel);
 #pragma omp parallel if (numel > kChunk)
   for (const DecayRange& range : ranges) {
     // The ranges of an update are disjoint, so no thread waits for the others between them.

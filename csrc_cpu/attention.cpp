@@ -5,7 +5,8 @@
 #include <span>
 #include <vector>
 
-#include "csrc_cpu/checks.h"
+#include "core/checks.h"
+#include "core/operation_checks.h"
 #include "csrc_cpu/cpu_backend.h"
 
 namespace bitfall {
@@ -56,25 +57,11 @@ std::int64_t check_starts(const char* operation, std::span<const std::int32_t> s
 /// longest sequence.
 std::int64_t check_attention(const char* operation, const AttentionTensors& t,
                              const Dropout& dropout) {
-  check<ShapeError>(t.shape.num_attention_heads > 0 && t.shape.head_size > 0, operation,
-                    ": num_attention_heads ", t.shape.num_attention_heads, " and head_size ",
-                    t.shape.head_size, ", expected positive numbers");
-  check_floating(operation, "qkv", t.qkv);
-  check_rank(operation, "qkv", t.qkv, 2);
-  check_rank(operation, "sequence_starts", t.sequence_starts, 1);
-  check<ShapeError>(t.sequence_starts.numel() > 0, operation,
-                    ": sequence_starts is empty, expected [B+1]");
-  const std::int64_t tokens = t.qkv.shape[0], hidden = t.hidden_size();
-  check_tensor(operation, "qkv", t.qkv, t.qkv.dtype, {tokens, 3 * hidden});
-  check_tensor(operation, "out", t.out, t.qkv.dtype, {tokens, hidden});
-  check_tensor(operation, "log_sum_exp", t.log_sum_exp, DType::f32,
-               {tokens, t.shape.num_attention_heads});
-  check_dtype(operation, "sequence_starts", t.sequence_starts, DType::s32);
+  check_attention(operation, t.shape, t.qkv, t.sequence_starts, t.sample_keys, dropout, t.out,
+                  t.log_sum_exp);
+  const std::int64_t tokens = t.qkv.shape[0];
   const std::int64_t longest = check_starts(operation, t.starts(), tokens);
-  if (dropout.enabled()) {
-    check_tensor(operation, "sample_keys", t.sample_keys, DType::s32, {t.num_sequences()});
-    check_dropout_rows(operation, t, longest);
-  }
+  if (dropout.enabled()) check_dropout_rows(operation, t, longest);
   return longest;
 }
 

@@ -1,28 +1,10 @@
 
-#include "csrc_cpu/checks.h"
+#include "core/operation_checks.h"
 #include "csrc_cpu/cpu_backend.h"
 #include "csrc_cpu/parallel.h"
 
 namespace bitfall {
 namespace {
-
-/// Checks ids and tables against the token rows [T, H].
-void check_embedding(const char* operation, const EmbeddingIds& ids, const EmbeddingTables& tables,
-                     const Tensor& rows, DType table_dtype) {
-  check_rank(operation, "token rows", rows, 2);
-  check_floating(operation, "token rows", rows);
-  const Shape tokens{rows.shape[0]};
-  check_tensor(operation, "input_ids", ids.input_ids, DType::s32, tokens);
-  check_tensor(operation, "position_ids", ids.position_ids, DType::s32, tokens);
-  check_tensor(operation, "token_type_ids", ids.token_type_ids, DType::s32, tokens);
-  const auto check_table = [&](const char* what, const Tensor& table) {
-    check_rank(operation, what, table, 2);
-    check_tensor(operation, what, table, table_dtype, Shape{table.shape[0], rows.shape[1]});
-  };
-  check_table("word table", tables.word);
-  check_table("position table", tables.position);
-  check_table("token_type table", tables.token_type);
-}
 
 void check_row_index(const char* operation, const Tensor& row_index, std::int64_t rows) {
   const auto* index = row_index.as<std::int32_t>();
@@ -32,14 +14,9 @@ void check_row_index(const char* operation, const Tensor& row_index, std::int64_
   }
 }
 
-/// Checks that `few` [R, H] are rows of `many` [T, H] chosen by row_index [R].
-void check_rows(const char* operation, const Tensor& few, const Tensor& row_index,
-                const Tensor& many) {
-  check_rank(operation, "selected rows", few, 2);
-  check_floating(operation, "selected rows", few);
-  check_rank(operation, "all rows", many, 2);
-  check_tensor(operation, "all rows", many, few.dtype, Shape{many.shape[0], few.shape[1]});
-  check_tensor(operation, "row_index", row_index, DType::s32, Shape{few.shape[0]});
+void check_chosen_rows(const char* operation, const Tensor& few, const Tensor& row_index,
+                       const Tensor& many) {
+  check_rows(operation, few, row_index, many);
   check_row_index(operation, row_index, many.shape[0]);
 }
 
@@ -82,7 +59,7 @@ void CpuBackend::embedding_backward(const EmbeddingIds& ids, const Tensor& dy,
 }
 
 void CpuBackend::gather_rows(const Tensor& x, const Tensor& row_index, const Tensor& y) {
-  check_rows("gather_rows", y, row_index, x);
+  check_chosen_rows("gather_rows", y, row_index, x);
   const std::int64_t columns = x.shape[1];
   for (std::int64_t row = 0; row < y.shape[0]; ++row) {
     copy(x.flat_slice(row_index.as<std::int32_t>()[row] * columns, columns),
@@ -91,7 +68,7 @@ void CpuBackend::gather_rows(const Tensor& x, const Tensor& row_index, const Ten
 }
 
 void CpuBackend::scatter_rows(const Tensor& dy, const Tensor& row_index, const Tensor& dx) {
-  check_rows("scatter_rows", dy, row_index, dx);
+  check_chosen_rows("scatter_rows", dy, row_index, dx);
   const std::int64_t columns = dx.shape[1];
   fill_zero(dx);
   for (std::int64_t row = 0; row < dy.shape[0]; ++row) {

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "csrc_cpu/checks.h"
+#include "core/operation_checks.h"
 #include "csrc_cpu/cpu_backend.h"
 #include "csrc_cpu/parallel.h"
 
@@ -79,10 +79,7 @@ void quantize_group(const FakeQuantizeKernels& kernels, const QuantizeChunk& who
 
 void CpuBackend::fake_quantize(const QuantSpec& spec, const StochasticKey& key, float mix,
                                const Tensor& master, const Tensor& working) {
-  check_dtype("fake_quantize", "master", master, DType::f32);
-  check_floating("fake_quantize", "working", working);
-  check_shape("fake_quantize: working", working, master.shape);
-  check_quant_spec(spec, master.numel());
+  check_fake_quantize(spec, master, working);
   if (spec.bits >= kCastBits) return cast(master, working);
   if (master.numel() == 0) return;
 

@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "csrc_cpu/checks.h"
+#include "core/operation_checks.h"
 #include "csrc_cpu/cpu_backend.h"
 #include "csrc_cpu/parallel.h"
 
@@ -15,56 +15,17 @@ std::int64_t rows_per_partial(std::int64_t rows) {
   return std::max(kSmallest, (rows + kMostPartials - 1) / kMostPartials);
 }
 
-void check_row_keys(const char* operation, const Tensor& row_keys, std::int64_t rows,
-                    const Dropout& input_dropout, const Dropout& output_dropout) {
-  if (input_dropout.enabled() || output_dropout.enabled())
-    check_tensor(operation, "row_keys", row_keys, DType::s32, Shape{rows, 2});
-}
-
-void check_arguments(const LayerNormForward& args) {
-  constexpr const char* kName = "layer_norm_forward";
-  check_rank(kName, "x", args.x, 2);
-  check_floating(kName, "x", args.x);
-  const DType dtype = args.x.dtype;
-  const Shape& shape = args.x.shape;
-  const std::int64_t rows = shape[0], hidden_size = shape[1];
-  if (args.residual) check_tensor(kName, "residual", args.residual, dtype, shape);
-  check_tensor(kName, "gamma", args.gamma, dtype, Shape{hidden_size});
-  check_tensor(kName, "beta", args.beta, dtype, Shape{hidden_size});
-  check_tensor(kName, "sum", args.sum, dtype, shape);
-  check_tensor(kName, "mean_rstd", args.mean_rstd, DType::f32, Shape{rows, 2});
-  check_tensor(kName, "y", args.y, dtype, shape);
-  check_row_keys(kName, args.row_keys, rows, args.input_dropout, args.output_dropout);
-}
-
-void check_arguments(const LayerNormBackward& args) {
-  constexpr const char* kName = "layer_norm_backward";
-  check_rank(kName, "dy", args.dy, 2);
-  check_floating(kName, "dy", args.dy);
-  const DType dtype = args.dy.dtype;
-  const Shape& shape = args.dy.shape;
-  const std::int64_t rows = shape[0], hidden_size = shape[1];
-  check_tensor(kName, "sum", args.sum, dtype, shape);
-  check_tensor(kName, "mean_rstd", args.mean_rstd, DType::f32, Shape{rows, 2});
-  check_tensor(kName, "gamma", args.gamma, dtype, Shape{hidden_size});
-  check_tensor(kName, "dresidual", args.dresidual, dtype, shape);
-  if (args.dx || args.input_dropout.enabled()) check_tensor(kName, "dx", args.dx, dtype, shape);
-  check_tensor(kName, "dgamma", args.dgamma, DType::f32, Shape{hidden_size});
-  check_tensor(kName, "dbeta", args.dbeta, DType::f32, Shape{hidden_size});
-  check_row_keys(kName, args.row_keys, rows, args.input_dropout, args.output_dropout);
-}
-
 }  // namespace
 
 void CpuBackend::layer_norm_forward(const LayerNormForward& args) {
-  check_arguments(args);
+  check_layer_norm(args);
   parallel_rows(args.x.shape[0], args.x.shape[1], [&](std::int64_t begin, std::int64_t end) {
     kernels_.layer_norm->forward(args, begin, end);
   });
 }
 
 void CpuBackend::layer_norm_backward(const LayerNormBackward& args) {
-  check_arguments(args);
+  check_layer_norm(args);
   const std::int64_t rows = args.dy.shape[0], hidden_size = args.dy.shape[1];
   const std::int64_t chunk = rows_per_partial(rows);
   const std::int64_t partials = (rows + chunk - 1) / chunk;

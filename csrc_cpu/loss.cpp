@@ -1,6 +1,7 @@
 #include <cmath>
 
-#include "csrc_cpu/checks.h"
+#include "core/checks.h"
+#include "core/operation_checks.h"
 #include "csrc_cpu/cpu_backend.h"
 
 // Logits are few (classes per sequence, or two per token): plain double precision loops on one
@@ -69,36 +70,16 @@ void check_target(const char* operation, const char* what, const SoftmaxTerm& te
                     " = ", term.target, " is outside of 0..", term.count - 1);
 }
 
-void check_cross_entropy(const char* operation, const Tensor& logits, const Tensor& labels) {
-  check_rank(operation, "logits", logits, 2);
-  check_floating(operation, "logits", logits);
-  check<ShapeError>(logits.numel() > 0, operation, ": logits have shape ", logits.shape.to_string(),
-                    ", expected at least one row");
-  check_tensor(operation, "labels", labels, DType::s32, Shape{logits.shape[0]});
+void check_labels(const char* operation, const Tensor& logits, const Tensor& labels) {
+  check_cross_entropy(operation, logits, labels);
   for (std::int64_t row = 0; row < logits.shape[0]; ++row)
     check_target(operation, "label", class_term(logits, labels, row), row);
 }
 
-void check_squared_error(const char* operation, const Tensor& predictions, const Tensor& labels) {
-  check_rank(operation, "predictions", predictions, 2);
-  check_floating(operation, "predictions", predictions);
-  check<ShapeError>(predictions.shape[1] == 1 && predictions.numel() > 0, operation,
-                    ": predictions have shape ", predictions.shape.to_string(),
-                    ", expected [rows, 1] with at least one row");
-  check_tensor(operation, "labels", labels, DType::f32, Shape{predictions.shape[0]});
-}
-
-void check_span(const char* operation, const Tensor& logits, const Tensor& starts,
-                const Tensor& positions) {
-  check_floating(operation, "logits", logits);
-  check_rank(operation, "logits", logits, 2);
-  check_rank(operation, "sequence_starts", starts, 1);
-  check_dtype(operation, "sequence_starts", starts, DType::s32);
+void check_positions(const char* operation, const Tensor& logits, const Tensor& starts,
+                     const Tensor& positions) {
+  check_span(operation, logits, starts, positions);
   const std::int64_t sequences = starts.numel() - 1;
-  check<ShapeError>(logits.shape[1] == 2 && sequences > 0, operation, ": logits have shape ",
-                    logits.shape.to_string(), " and sequence_starts ", starts.shape.to_string(),
-                    ", expected [tokens, 2] and at least one sequence");
-  check_tensor(operation, "span_positions", positions, DType::s32, Shape{sequences, 2});
   const auto* start = starts.as<std::int32_t>();
   check<ShapeError>(start[0] == 0 && start[sequences] == logits.shape[0], operation,
                     ": sequence_starts run from ", start[0], " to ", start[sequences],
@@ -116,7 +97,7 @@ void check_span(const char* operation, const Tensor& logits, const Tensor& start
 
 void CpuBackend::cross_entropy_forward(const Tensor& logits, const Tensor& labels,
                                        const Tensor& loss) {
-  check_cross_entropy("cross_entropy_forward", logits, labels);
+  check_labels("cross_entropy_forward", logits, labels);
   check_tensor("cross_entropy_forward", "loss", loss, DType::f32, Shape{1});
   const std::int64_t rows = logits.shape[0];
   double sum = 0;
@@ -127,7 +108,7 @@ void CpuBackend::cross_entropy_forward(const Tensor& logits, const Tensor& label
 
 void CpuBackend::cross_entropy_backward(const Tensor& logits, const Tensor& labels, float scale,
                                         const Tensor& dlogits) {
-  check_cross_entropy("cross_entropy_backward", logits, labels);
+  check_labels("cross_entropy_backward", logits, labels);
   check_tensor("cross_entropy_backward", "dlogits", dlogits, logits.dtype, logits.shape);
   const std::int64_t rows = logits.shape[0];
   for (std::int64_t row = 0; row < rows; ++row) {
@@ -163,7 +144,7 @@ void CpuBackend::mean_squared_error_backward(const Tensor& predictions, const Te
 
 void CpuBackend::span_cross_entropy_forward(const Tensor& logits, const Tensor& sequence_starts,
                                             const Tensor& span_positions, const Tensor& loss) {
-  check_span("span_cross_entropy_forward", logits, sequence_starts, span_positions);
+  check_positions("span_cross_entropy_forward", logits, sequence_starts, span_positions);
   check_tensor("span_cross_entropy_forward", "loss", loss, DType::f32, Shape{1});
   const std::int64_t sequences = sequence_starts.numel() - 1;
   double sum = 0;
@@ -177,7 +158,7 @@ void CpuBackend::span_cross_entropy_forward(const Tensor& logits, const Tensor& 
 void CpuBackend::span_cross_entropy_backward(const Tensor& logits, const Tensor& sequence_starts,
                                              const Tensor& span_positions, float scale,
                                              const Tensor& dlogits) {
-  check_span("span_cross_entropy_backward", logits, sequence_starts, span_positions);
+  check_positions("span_cross_entropy_backward", logits, sequence_starts, span_positions);
   check_tensor("span_cross_entropy_backward", "dlogits", dlogits, logits.dtype, logits.shape);
   const std::int64_t sequences = sequence_starts.numel() - 1;
   for (std::int64_t sequence = 0; sequence < sequences; ++sequence) {

@@ -1,7 +1,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "csrc_cpu/checks.h"
+#include "core/checks.h"
+#include "core/operation_checks.h"
 #include "csrc_cpu/cpu_backend.h"
 #include "csrc_cpu/matmul_cache.h"
 #include "csrc_cpu/parallel.h"
@@ -10,21 +11,6 @@ namespace bitfall {
 namespace {
 
 constexpr std::int64_t kRowsAfter = 64;  ///< rows per call of what follows a product
-
-/// Checks x [R, K], weight [N, K], bias [N] or empty, and y [R, N], all of one dtype.
-void check_linear(const char* operation, const Tensor& x, const Tensor& weight, const Tensor& bias,
-                  const Tensor& y) {
-  check_rank(operation, "weight", weight, 2);
-  check_rank(operation, "rows of K", x, 2);
-  check_floating(operation, "rows of K", x);
-  const std::int64_t n = weight.shape[0], k = weight.shape[1];
-  check<ShapeError>(n > 0 && k > 0, operation, ": weight has shape ", weight.shape.to_string(),
-                    ", expected at least one element");
-  check_tensor(operation, "weight", weight, x.dtype, weight.shape);
-  check_tensor(operation, "rows of K", x, x.dtype, Shape{x.shape[0], k});
-  check_tensor(operation, "rows of N", y, x.dtype, Shape{x.shape[0], n});
-  if (bias) check_tensor(operation, "bias", bias, x.dtype, Shape{n});
-}
 
 MatmulSpec forward_spec(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   return {.n = weight.shape[0],
@@ -101,18 +87,8 @@ void CpuBackend::linear_backward_input(const Tensor& dy, const Tensor& weight, c
 
 void CpuBackend::linear_backward_weight(const Tensor& dy, const Tensor& x, const Tensor& dweight,
                                         const Tensor& dbias, Accumulate accumulate) {
-  constexpr const char* kName = "linear_backward_weight";
-  check_rank(kName, "dweight", dweight, 2);
-  check_rank(kName, "x", x, 2);
-  check_floating(kName, "x", x);
-  const std::int64_t rows = x.shape[0], n = dweight.shape[0], k = dweight.shape[1];
-  check<ShapeError>(n > 0 && k > 0, kName, ": dweight has shape ", dweight.shape.to_string(),
-                    ", expected at least one element");
-  check_tensor(kName, "x", x, x.dtype, Shape{rows, k});
-  check_tensor(kName, "dy", dy, x.dtype, Shape{rows, n});
-  check_tensor(kName, "dweight", dweight, DType::f32, Shape{n, k});
-  if (dbias) check_tensor(kName, "dbias", dbias, DType::f32, Shape{n});
-  if (rows > 0) {
+  check_linear_backward_weight(dy, x, dweight, dbias);
+  if (x.shape[0] > 0) {
     add_weight_gradient(dy, x, dweight, accumulate);
   } else if (accumulate == Accumulate::no) {
     fill_zero(dweight);

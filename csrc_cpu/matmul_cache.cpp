@@ -9,7 +9,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "csrc_cpu/lru_cache.h"
+#include "core/lru_cache.h"
 
 namespace bitfall {
 namespace {

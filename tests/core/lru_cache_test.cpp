@@ -1,4 +1,4 @@
-#include "csrc_cpu/lru_cache.h"
+#include "core/lru_cache.h"
 
 #include <gtest/gtest.h>
 
