@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 # Subcommand -> (module with add_arguments(parser) and main(args) -> int, what it does).
 COMMANDS = {
     "glue": ("bitfall.glue", "fine-tune a BERT on a GLUE task or own data, with MoQ if configured"),
+    "run": ("bitfall.launcher", "run a script that uses DeepSpeed with bitfall in its place"),
     "schedule": ("bitfall.schedule", "show the bits of every layer by step, without training"),
     "report": ("bitfall.report", "make the HTML report of a finished or running training"),
     "check": ("bitfall.check", "check a DeepSpeed config and show where each value comes from"),
 }
+
+PYTHON_FORMATWARNING = warnings.formatwarning
 
 # Exit codes as a shell reports the signals SIGINT and SIGPIPE.
 INTERRUPTED = 130
@@ -43,6 +46,7 @@ examples:
       --do_train --do_eval --max_seq_length 128 --per_device_train_batch_size 32 \\
       --learning_rate 2e-5 --num_train_epochs 3 --output_dir out/mrpc --fp16 --deepspeed test.json
   mpirun -np 2 bitfall glue ...      the same on two processes
+  bitfall run run_glue.py ... --deepspeed test.json      an own script, unchanged
   bitfall report out/mrpc
 
 'bitfall COMMAND --help' explains the flags of a command.
