@@ -11,7 +11,7 @@ Installs the missing Debian packages (as root, or through sudo), creates .venv i
 root, and installs bitfall into it. What is already there is kept: a second call takes seconds.
 
   --dev         also what the tests need (GoogleTest, clang, ccache, pytest, ruff, ...)
-  --with-torch  also PyTorch and transformers, for the tests that compare with them (gigabytes)
+  --with-torch  also PyTorch, transformers and accelerate, for `bitfall run` (gigabytes)
   --help        this text
 
 PYTHON names the interpreter of the virtual environment (3.11 or newer; default: python3).
@@ -28,7 +28,7 @@ while (($#)); do
       packages+=("${dev_packages[@]}")
       extras+=(dev)
       ;;
-    --with-torch) extras+=(torch-tests) ;;
+    --with-torch) extras+=(torch) ;;
     --help | -h)
       usage
       exit 0
