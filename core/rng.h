@@ -46,6 +46,8 @@ struct Dropout {
 
   /// An element is dropped when its 16 random bits are below this.
   BITFALL_INLINE std::uint32_t threshold() const {
+    // Never negative, so this rounds, and std::lround is not for device code.
+    // NOLINTNEXTLINE(bugprone-incorrect-roundings)
     return static_cast<std::uint32_t>(probability * 65536.0f + 0.5f);
   }
   /// Kept elements are multiplied by this; unbiased for the probability as rounded to 1/65536.
