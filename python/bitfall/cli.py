@@ -24,6 +24,7 @@ COMMANDS = {
     "schedule": ("bitfall.schedule", "show the bits of every layer by step, without training"),
     "report": ("bitfall.report", "make the HTML report of a finished or running training"),
     "check": ("bitfall.check", "check a DeepSpeed config and show where each value comes from"),
+    "to-fp32": ("bitfall.to_fp32", "write the f32 weights of a DeepSpeed or bitfall checkpoint"),
 }
 
 PYTHON_FORMATWARNING = warnings.formatwarning
@@ -48,6 +49,7 @@ examples:
   mpirun -np 2 bitfall glue ...      the same on two processes
   bitfall run run_glue.py ... --deepspeed test.json      an own script, unchanged
   bitfall report out/mrpc
+  bitfall to-fp32 out/checkpoint-500 model.safetensors
 
 'bitfall COMMAND --help' explains the flags of a command.
 BITFALL_DEBUG=1 shows the traceback of an error."""

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -40,19 +40,29 @@ def named_errors(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes under a temporary name and renames: a kill leaves the old file or the new one."""
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write under a temporary name; it gets its own when all went well.
+
+    A kill leaves the old file or the new one, and so does an error, which removes the temporary.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with named_errors(path):
             with temporary.open("wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes `data` as the whole of `path`; see atomic_file."""
+    with atomic_file(path) as file:
+        file.write(data)
 
 
 def finite_or_none(value: Any) -> Any:
