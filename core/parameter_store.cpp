@@ -36,6 +36,8 @@ ParameterStore::ParameterStore(Backend& backend, const std::vector<ParameterSpec
     numel_ = offset + numel;
   }
   numel_ = round_up(numel_);
+  partition_ = Partition(numel_);
+  owned_ = {0, numel_};
 
   const auto bytes = static_cast<std::size_t>(numel_);
   master_buffer_ = backend.allocate(bytes * size_in_bytes(DType::f32));
@@ -48,6 +50,29 @@ ParameterStore::ParameterStore(Backend& backend, const std::vector<ParameterSpec
     working_buffer_ = backend.allocate(bytes * size_in_bytes(compute_dtype));
     working_ = working_buffer_.view(compute_dtype, Shape{numel_});
   }
+}
+
+void ParameterStore::keep_slice(Backend& backend, const Partition& partition, int rank,
+                                Slices slices) {
+  const FlatRange slice = partition.slice(rank);
+  const auto bytes = static_cast<std::size_t>(slice.numel) * size_in_bytes(DType::f32);
+  const Tensor mine = master(slice);
+  if (working_is_master()) {
+    master_ = mine;
+  } else {
+    const Buffer buffer = backend.allocate(bytes);
+    master_ = buffer.view(DType::f32, Shape{slice.numel});
+    backend.copy(mine, master_);
+    backend.synchronize();  // before the old memory goes
+    master_buffer_ = buffer;
+  }
+  if (slices == Slices::masters_and_gradients) {
+    gradient_buffer_ = backend.allocate(bytes);
+    gradient_ = gradient_buffer_.view(DType::f32, Shape{slice.numel});
+    gradient_is_sliced_ = true;
+  }
+  partition_ = partition;
+  owned_ = slice;
 }
 
 std::size_t ParameterStore::index_of(std::string_view name) const {
@@ -67,14 +92,19 @@ std::vector<Tensor> ParameterStore::views(const Tensor& flat) const {
   check_shape("flat parameter buffer", flat, Shape{numel_});
   std::vector<Tensor> result;
   result.reserve(parameters_.size());
-  for (std::size_t index = 0; index < parameters_.size(); ++index)
-    result.push_back(view(flat, index));
+  for (std::size_t index = 0; index < parameters_.size(); ++index) {
+    const FlatRange range = range_of(index);
+    result.push_back(shaped(flat.flat_slice(range.begin, range.numel), index));
+  }
   return result;
 }
 
-Tensor ParameterStore::view(const Tensor& flat, std::size_t index) const {
-  const Parameter& parameter = parameters_.at(index);
-  return flat.flat_slice(parameter.offset, parameter.numel).reshaped(parameter.shape);
+Tensor ParameterStore::view(const Tensor& kept, const FlatRange& held, const FlatRange& range,
+                            const char* what) {
+  check<ShapeError>(range.begin >= held.begin && range.end() <= held.end(), what, ": elements ",
+                    range.begin, "..", range.end(), " of the flat buffers, but this rank keeps ",
+                    held.begin, "..", held.end());
+  return kept.flat_slice(range.begin - held.begin, range.numel);
 }
 
 }  // namespace bitfall

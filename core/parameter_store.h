@@ -2,7 +2,8 @@
 //
 // Three views of the same layout: master (f32), working (compute dtype) and gradient (f32). A block
 // of the model is one contiguous range, so reductions, updates, checkpoints and slicing over ranks
-// work on ranges and need no list of tensors.
+// work on ranges and need no list of tensors. With ZeRO a rank keeps only its slice of the masters
+// and, at stage 2, of the gradients; the working weights are always complete.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "core/backend.h"
+#include "core/partition.h"
 #include "core/tensor.h"
 
 namespace bitfall {
@@ -35,11 +37,8 @@ struct Parameter {
   int block = kNoBlock;
   std::int64_t offset = 0;  ///< elements into the flat buffers
   std::int64_t numel = 0;
-};
 
-/// Elements [begin, begin + numel) of the flat buffers.
-struct FlatRange {
-  std::int64_t begin = 0, numel = 0;
+  FlatRange range() const { return {offset, numel}; }
 };
 
 class ParameterStore {
@@ -52,6 +51,15 @@ class ParameterStore {
   ParameterStore(Backend& backend, const std::vector<ParameterSpec>& specs, DType compute_dtype,
                  WorkingCopy working_copy);
 
+  enum class Slices { masters, masters_and_gradients };
+  /// From now on this rank keeps of `slices` only its part in `partition`. Masters stay what they
+  /// are, sliced gradients become zero. At most once, since the rest is gone.
+  void keep_slice(Backend& backend, const Partition& partition, int rank, Slices slices);
+  const Partition& partition() const { return partition_; }
+  /// What this rank keeps of the masters: everything before keep_slice().
+  FlatRange owned() const { return owned_; }
+  bool gradient_is_sliced() const { return gradient_is_sliced_; }
+
   const std::vector<Parameter>& parameters() const { return parameters_; }
   /// Throws ConfigError that names the parameter if there is none of that name.
   std::size_t index_of(std::string_view name) const;
@@ -61,26 +69,44 @@ class ParameterStore {
   /// Flat length including alignment gaps; gaps hold zeros in every buffer.
   std::int64_t numel() const { return numel_; }
   DType compute_dtype() const { return compute_dtype_; }
-  bool working_is_master() const { return working_.data == master_.data; }
+  bool working_is_master() const { return working_buffer_.memory() == nullptr; }
 
-  Tensor master() const { return master_; }      ///< [numel] f32
+  Tensor master() const { return master_; }      ///< [owned().numel] f32
   Tensor working() const { return working_; }    ///< [numel] compute dtype
-  Tensor gradient() const { return gradient_; }  ///< [numel] f32
-  Tensor master(std::size_t index) const { return view(master_, index); }
-  Tensor working(std::size_t index) const { return view(working_, index); }
-  Tensor gradient(std::size_t index) const { return view(gradient_, index); }
+  Tensor gradient() const { return gradient_; }  ///< [numel] or [owned().numel] f32
+  /// Elements `range` of the whole as a 1-D view. Throws ShapeError if this rank does not keep all
+  /// of them.
+  Tensor master(const FlatRange& range) const { return view(master_, owned_, range, "master"); }
+  Tensor working(const FlatRange& range) const {
+    return view(working_, {0, numel_}, range, "working");
+  }
+  Tensor gradient(const FlatRange& range) const {
+    return view(gradient_, gradient_is_sliced_ ? owned_ : FlatRange{0, numel_}, range, "gradient");
+  }
+  /// A whole parameter in its shape; throws as above.
+  Tensor master(std::size_t index) const { return shaped(master(range_of(index)), index); }
+  Tensor working(std::size_t index) const { return shaped(working(range_of(index)), index); }
+  Tensor gradient(std::size_t index) const { return shaped(gradient(range_of(index)), index); }
 
   /// Views of all parameters over any flat buffer of this layout (f32 scratch weights, for
   /// example).
   std::vector<Tensor> views(const Tensor& flat) const;
 
  private:
-  Tensor view(const Tensor& flat, std::size_t index) const;
+  static Tensor view(const Tensor& kept, const FlatRange& held, const FlatRange& range,
+                     const char* what);
+  FlatRange range_of(std::size_t index) const { return parameters_.at(index).range(); }
+  Tensor shaped(const Tensor& flat, std::size_t index) const {
+    return flat.reshaped(parameters_[index].shape);
+  }
 
   std::vector<Parameter> parameters_;
   std::vector<FlatRange> blocks_;
   std::int64_t numel_ = 0;
   DType compute_dtype_;
+  Partition partition_;
+  FlatRange owned_;
+  bool gradient_is_sliced_ = false;
   Buffer master_buffer_, working_buffer_, gradient_buffer_;
   Tensor master_, working_, gradient_;
 };

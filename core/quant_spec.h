@@ -24,7 +24,8 @@ void check_quant_spec(const QuantSpec& spec, std::int64_t numel);
 struct StochasticKey {
   std::uint64_t seed = 0;
   std::uint64_t step = 0;
-  std::uint32_t parameter = 0;  ///< index of the parameter in the store
+  std::uint32_t parameter = 0;     ///< index of the parameter in the store
+  std::int64_t first_element = 0;  ///< of the tensor in its parameter, where it is a part of one
 };
 
 }  // namespace bitfall

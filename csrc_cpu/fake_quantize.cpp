@@ -67,10 +67,10 @@ void quantize_group(const FakeQuantizeKernels& kernels, const QuantizeChunk& who
   parallel_ranges(numel, kChunk, [&](std::int64_t begin, std::int64_t end) {
     QuantizeChunk chunk = whole;
     chunk.group = found;
-    chunk.element = first + begin;
+    chunk.element = whole.key.first_element + first + begin;
     chunk.numel = end - begin;
-    chunk.master = whole.master + chunk.element;
-    chunk.working = element(working, chunk.element);
+    chunk.master = whole.master + first + begin;
+    chunk.working = element(working, first + begin);
     kernels.quantize(chunk);
   });
 }

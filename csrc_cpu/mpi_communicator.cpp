@@ -63,6 +63,26 @@ void max_or_nan(void* in, void* in_out, int* length, MPI_Datatype*) {
   for (int i = 0; i < *length; ++i) b[i] = std::isnan(a[i]) || a[i] > b[i] ? a[i] : b[i];
 }
 
+void check_reducible(const char* call, const Tensor& values) {
+  check<UnsupportedError>(values.dtype == DType::f32 && values.device == Device::cpu, call,
+                          " over MPI: dtype ", name(values.dtype),
+                          ", expected f32 in host memory; cast the values first");
+}
+
+/// Calls `reduce(data, count)` for pieces of `values`.
+template <typename Reduce>
+void for_each_piece(const Tensor& values, const Reduce& reduce) {
+  const std::int64_t numel = values.numel();
+  for (std::int64_t begin = 0; begin < numel; begin += kReduceElements) {
+    reduce(values.as<float>() + begin, static_cast<int>(std::min(kReduceElements, numel - begin)));
+  }
+}
+
+void divide(float* data, int count, int world_size) {
+  const float share = 1.0f / static_cast<float>(world_size);
+  for (int i = 0; i < count; ++i) data[i] *= share;
+}
+
 }  // namespace
 
 bool started_by_mpi() {
@@ -109,30 +129,47 @@ MpiCommunicator::MpiCommunicator() : handles_(std::make_unique<Handles>()) {
 
 MpiCommunicator::~MpiCommunicator() = default;
 
+void MpiCommunicator::check_root(const char* call, int root) const {
+  check<CommunicationError>(root >= 0 && root < world_size_, call, ": root ", root,
+                            ", expected a rank from 0 to ", world_size_ - 1);
+}
+
 void MpiCommunicator::all_reduce(const Tensor& values, ReduceOp op) {
-  check<UnsupportedError>(values.dtype == DType::f32 && values.device == Device::cpu,
-                          "all_reduce over MPI: dtype ", name(values.dtype),
-                          ", expected f32 in host memory; cast the values first");
+  check_reducible("all_reduce", values);
   const MPI_Op mpi_op = op == ReduceOp::max ? handles_->max : MPI_SUM;
-  float* data = values.as<float>();
-  const std::int64_t numel = values.numel();
-  for (std::int64_t begin = 0; begin < numel; begin += kReduceElements) {
-    const int count = static_cast<int>(std::min(kReduceElements, numel - begin));
-    check_mpi(MPI_Allreduce(MPI_IN_PLACE, data + begin, count, MPI_FLOAT, mpi_op, handles_->world),
+  for_each_piece(values, [&](float* data, int count) {
+    check_mpi(MPI_Allreduce(MPI_IN_PLACE, data, count, MPI_FLOAT, mpi_op, handles_->world),
               "MPI_Allreduce");
-    if (op != ReduceOp::mean) continue;
-    const float share = 1.0f / static_cast<float>(world_size_);
-    for (std::int64_t i = begin; i < begin + count; ++i) data[i] *= share;
-  }
+    if (op == ReduceOp::mean) divide(data, count, world_size_);
+  });
+}
+
+void MpiCommunicator::reduce_async(const Tensor& values, ReduceOp op, int root) {
+  check_reducible("reduce_async", values);
+  check_root("reduce_async", root);
+  const MPI_Op mpi_op = op == ReduceOp::max ? handles_->max : MPI_SUM;
+  const bool is_root = rank_ == root;
+  for_each_piece(values, [&](float* data, int count) {
+    check_mpi(MPI_Reduce(is_root ? MPI_IN_PLACE : data, is_root ? data : nullptr, count, MPI_FLOAT,
+                         mpi_op, root, handles_->world),
+              "MPI_Reduce");
+    if (is_root && op == ReduceOp::mean) divide(data, count, world_size_);
+  });
 }
 
 void MpiCommunicator::broadcast(std::vector<std::byte>& bytes, int root) {
-  check<CommunicationError>(root >= 0 && root < world_size_, "broadcast: root ", root,
-                            ", expected a rank from 0 to ", world_size_ - 1);
+  check_root("broadcast", root);
   std::uint64_t size = bytes.size();
   handles_->broadcast(&size, sizeof(size), root);
   bytes.resize(size);
   handles_->broadcast(bytes.data(), size, root);
+}
+
+void MpiCommunicator::broadcast(const Tensor& values, int root) {
+  check<UnsupportedError>(values.device == Device::cpu,
+                          "broadcast over MPI: expected values in host memory");
+  check_root("broadcast", root);
+  handles_->broadcast(values.data, values.bytes(), root);
 }
 
 std::vector<std::vector<std::byte>> MpiCommunicator::all_gather(

@@ -34,7 +34,9 @@ class MpiCommunicator final : public Communicator {
   /// Reduces at once: the backward pass keeps every core busy, so work behind its back would only
   /// take turns with it, and now the gradients are still in cache.
   void all_reduce_async(const Tensor& values, ReduceOp op) override { all_reduce(values, op); }
+  void reduce_async(const Tensor& values, ReduceOp op, int root) override;
   void wait_all() override {}
+  void broadcast(const Tensor& values, int root) override;
   void broadcast(std::vector<std::byte>& bytes, int root) override;
   std::vector<std::vector<std::byte>> all_gather(const std::vector<std::byte>& bytes) override;
   void barrier() override;
@@ -42,6 +44,7 @@ class MpiCommunicator final : public Communicator {
 
  private:
   struct Handles;
+  void check_root(const char* call, int root) const;
 
   std::unique_ptr<Handles> handles_;
   int rank_ = 0;

@@ -80,7 +80,7 @@ IntegerWeights quantize_to_integers(const QuantSpec& spec, const StochasticKey& 
     result.scales.push_back(group.scale);
     result.zero_points.push_back(static_cast<std::int32_t>(group.zero_point));
     for (std::size_t index = begin; index < begin + group_size; ++index) {
-      const auto element = static_cast<std::int64_t>(index);
+      const std::int64_t element = key.first_element + static_cast<std::int64_t>(index);
       result.codes.push_back(
           static_cast<std::int32_t>(code_of(spec, key, group, values[index], element)));
     }

@@ -145,6 +145,18 @@ std::vector<BitStateSpec> bit_states(const QuantizeConfig& config,
   return states;
 }
 
+std::vector<std::int64_t> elements_per_scale(const QuantizeConfig& config,
+                                             const std::vector<Parameter>& parameters) {
+  const std::vector<std::optional<int>> groups = group_of_parameters(config, parameters);
+  std::vector<std::int64_t> result(parameters.size(), 1);
+  for (std::size_t index = 0; index < parameters.size(); ++index) {
+    if (groups[index]) {
+      result[index] = std::max<std::int64_t>(1, parameters[index].numel / config.quantize_groups);
+    }
+  }
+  return result;
+}
+
 Quantizer::Quantizer(const QuantizeConfig& config, const ParameterStore& store,
                      const BitSchedule& schedule, std::uint64_t seed)
     : config_(config), schedule_(schedule), seed_(seed) {
@@ -192,16 +204,30 @@ StochasticKey Quantizer::key(std::size_t parameter, std::int64_t step) const {
   return {seed_, static_cast<std::uint64_t>(step), static_cast<std::uint32_t>(parameter)};
 }
 
-void Quantizer::publish(Backend& backend, ParameterStore& store, std::int64_t step) {
-  if (!schedule_.quantizing()) return backend.cast(store.master(), store.working());
+std::vector<Quantizer::Part> Quantizer::parts(const ParameterStore& store,
+                                              std::int64_t step) const {
+  std::vector<Part> result;
   for (std::size_t index = 0; index < states_.size(); ++index) {
-    if (!selects(index)) {
-      backend.cast(store.master(index), store.working(index));
+    const Parameter& parameter = store.parameters()[index];
+    Part part{index, intersection(parameter.range(), store.owned()), spec(index), key(index, step)};
+    if (part.range.numel == 0) continue;
+    part.key.first_element = part.range.begin - parameter.offset;
+    part.spec.groups = selects(index) ? part.range.numel / (parameter.numel / part.spec.groups) : 1;
+    result.push_back(part);
+  }
+  return result;
+}
+
+void Quantizer::publish(Backend& backend, ParameterStore& store, std::int64_t step) {
+  if (!schedule_.quantizing()) return backend.cast(store.master(), store.working(store.owned()));
+  for (const Part& part : parts(store, step)) {
+    const Tensor master = store.master(part.range), working = store.working(part.range);
+    if (!selects(part.parameter)) {
+      backend.cast(master, working);
       continue;
     }
-    const auto mix = static_cast<float>(schedule_.mix(*states_[index]));
-    backend.fake_quantize(spec(index), key(index, step), mix, store.master(index),
-                          store.working(index));
+    const auto mix = static_cast<float>(schedule_.mix(*states_[part.parameter]));
+    backend.fake_quantize(part.spec, part.key, mix, master, working);
   }
 }
 
@@ -209,12 +235,12 @@ void Quantizer::quantize_into(Backend& backend, const ParameterStore& store, std
                               const Tensor& flat_f32) const {
   check<UnsupportedError>(flat_f32.dtype == DType::f32, "quantize_into: the buffer is ",
                           name(flat_f32.dtype), ", expected f32");
-  const std::vector<Tensor> views = store.views(flat_f32);
-  backend.copy(store.master(), flat_f32);
-  for (std::size_t index = 0; index < states_.size(); ++index) {
-    const QuantSpec how = spec(index);
-    if (how.bits >= kCastBits) continue;
-    backend.fake_quantize(how, key(index, step), 0.0f, store.master(index), views[index]);
+  check_shape("flat parameter buffer", flat_f32, Shape{store.numel()});
+  backend.copy(store.master(), flat_f32.flat_slice(store.owned().begin, store.owned().numel));
+  for (const Part& part : parts(store, step)) {
+    if (part.spec.bits >= kCastBits) continue;
+    backend.fake_quantize(part.spec, part.key, 0.0f, store.master(part.range),
+                          flat_f32.flat_slice(part.range.begin, part.range.numel));
   }
 }
 

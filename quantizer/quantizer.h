@@ -28,6 +28,11 @@ std::vector<BitStateSpec> bit_states(const QuantizeConfig& config,
                                      const std::vector<Parameter>& parameters,
                                      const std::string& layer_name);
 
+/// Per parameter, how many neighbouring elements share a scale, and so must lie on one rank; 1
+/// where it is never quantized. Throws as bit_states().
+std::vector<std::int64_t> elements_per_scale(const QuantizeConfig& config,
+                                             const std::vector<Parameter>& parameters);
+
 class Quantizer final : public WeightTransform {
  public:
   /// `schedule` was built from bit_states() of the same config and parameters, and outlives the
@@ -39,11 +44,13 @@ class Quantizer final : public WeightTransform {
             std::uint64_t seed);
 
   /// working = mix * master + (1 - mix) * quantize(master) at each state's bits; a plain cast of
-  /// parameters that are not selected, and of all until quantization begins.
+  /// parameters that are not selected, and of all until quantization begins. Of the store's slice
+  /// only, whose borders lie between scales.
   void publish(Backend& backend, ParameterStore& store, std::int64_t step) override;
 
   /// The quantized weights of `step` in f32, exactly on their grid (no mix), into any flat f32
-  /// buffer of the store's layout; parameters that are not quantized are copied from the master.
+  /// buffer of the store's layout; parameters that are not quantized are copied from the master. Of
+  /// the store's slice only.
   void quantize_into(Backend& backend, const ParameterStore& store, std::int64_t step,
                      const Tensor& flat_f32) const;
 
@@ -55,6 +62,15 @@ class Quantizer final : public WeightTransform {
   StochasticKey key(std::size_t parameter, std::int64_t step) const;
 
  private:
+  /// The part of a parameter that lies in the store's slice, and how to quantize that.
+  struct Part {
+    std::size_t parameter = 0;
+    FlatRange range;
+    QuantSpec spec;
+    StochasticKey key;
+  };
+  std::vector<Part> parts(const ParameterStore& store, std::int64_t step) const;
+
   QuantizeConfig config_;
   const BitSchedule& schedule_;
   std::uint64_t seed_;

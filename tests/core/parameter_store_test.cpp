@@ -70,6 +70,38 @@ TEST_F(ParameterStoreTest, SharesTheWorkingCopyOnlyInF32) {
       ParameterStore(backend_, specs(), DType::f16, WorkingCopy::shared).working_is_master());
 }
 
+TEST_F(ParameterStoreTest, KeepsASliceOfMastersAndGradients) {
+  for (const WorkingCopy copy : {WorkingCopy::separate, WorkingCopy::shared}) {
+    ParameterStore store(backend_, specs(), DType::f32, copy);
+    float* const whole = store.master().as<float>();
+    for (int i = 0; i < 64; ++i) whole[i] = static_cast<float>(i);
+    const Partition partition(64, 3, {});  // 0..21, 21..42, 42..64
+    store.keep_slice(backend_, partition, 1, ParameterStore::Slices::masters_and_gradients);
+    EXPECT_EQ(store.owned(), (FlatRange{21, 21}));
+    EXPECT_EQ(store.master().numel(), 21);
+    EXPECT_EQ(store.gradient().numel(), 21);
+    EXPECT_EQ(store.working().numel(), 64);
+    EXPECT_EQ(store.master().as<float>()[0], 21.0f);
+    EXPECT_EQ(store.master({30, 4}).as<float>()[0], 30.0f);
+    EXPECT_EQ(store.master(store.index_of("layer.1.query")).as<float>()[0], 32.0f);
+    EXPECT_EQ(store.gradient({30, 4}).as<float>(), store.gradient().as<float>() + 9);
+    EXPECT_THROW(store.master(store.index_of("embedding")), ShapeError);
+    EXPECT_THROW(store.master({40, 4}), ShapeError);
+    EXPECT_EQ(store.working_is_master(), copy == WorkingCopy::shared);
+    if (copy == WorkingCopy::shared) {
+      EXPECT_EQ(store.master().as<float>(), store.working().as<float>() + 21);
+    }
+  }
+}
+
+TEST_F(ParameterStoreTest, GradientsMayStayWhole) {
+  ParameterStore store(backend_, specs(), DType::bf16, WorkingCopy::separate);
+  store.keep_slice(backend_, Partition(64, 2, {}), 1, ParameterStore::Slices::masters);
+  EXPECT_EQ(store.master().numel(), 32);
+  EXPECT_EQ(store.gradient().numel(), 64);
+  EXPECT_EQ(store.gradient(store.index_of("embedding")).as<float>(), store.gradient().as<float>());
+}
+
 TEST_F(ParameterStoreTest, RefusesRepeatedNamesAndScatteredBlocks) {
   std::vector<ParameterSpec> list = specs();
   list[4].name = "embedding";

@@ -28,7 +28,9 @@ class HalvingCommunicator final : public Communicator {
     for (std::int64_t i = 0; i < values.numel(); ++i) values.as<float>()[i] *= 0.5f;
   }
   void all_reduce_async(const Tensor&, ReduceOp) override { FAIL(); }
+  void reduce_async(const Tensor&, ReduceOp, int) override { FAIL(); }
   void wait_all() override {}
+  void broadcast(const Tensor&, int) override { FAIL(); }
   void broadcast(std::vector<std::byte>&, int) override {}
   std::vector<std::vector<std::byte>> all_gather(const std::vector<std::byte>& bytes) override {
     return {bytes, bytes};

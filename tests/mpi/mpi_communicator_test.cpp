@@ -92,6 +92,32 @@ TEST_P(AllReduce, AsyncBucketsMatchTheBlockingCall) {
   expect_same_on_all_ranks(buckets);
 }
 
+// What the root gets is what every rank gets from an all-reduce, up to the order of the sum.
+TEST_P(AllReduce, ReduceToEveryRoot) {
+  for (int root = 0; root < world().world_size(); ++root) {
+    std::vector<float> everywhere = contributions(world().rank(), GetParam());
+    std::vector<float> at_root = everywhere;
+    world().all_reduce(view(everywhere), ReduceOp::mean);
+    world().reduce_async(view(at_root), ReduceOp::mean, root);
+    world().wait_all();
+    if (world().rank() != root) continue;
+    for (std::size_t i = 0; i < at_root.size(); ++i) {
+      ASSERT_NEAR(at_root[i], everywhere[i], 1e-6) << i << " at rank " << root;
+    }
+    if (world().world_size() == 2) {  // one addition has one order
+      EXPECT_TRUE(at_root == everywhere);
+    }
+  }
+}
+
+TEST_P(AllReduce, BroadcastOfATensor) {
+  for (int root = 0; root < world().world_size(); ++root) {
+    std::vector<float> values = contributions(world().rank(), GetParam());
+    world().broadcast(view(values), root);
+    EXPECT_TRUE(values == contributions(root, GetParam())) << "from rank " << root;
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Sizes, AllReduce, testing::Values(0, 1, 1000, 1 << 19, 1'200'003));
 
 TEST(MpiCommunicator, NanOnOneRankReachesAll) {
@@ -101,6 +127,9 @@ TEST(MpiCommunicator, NanOnOneRankReachesAll) {
       world().all_reduce(view(values), op);
       EXPECT_FALSE(std::isnan(values[0]));
       EXPECT_TRUE(std::isnan(values[1])) << "from rank " << rank;
+      values[1] = world().rank() == rank ? NAN : 2.0f;
+      world().reduce_async(view(values), op, 0);
+      EXPECT_TRUE(world().rank() != 0 || std::isnan(values[1])) << "from rank " << rank;
     }
   }
 }
@@ -109,6 +138,7 @@ TEST(MpiCommunicator, RefusesOtherDtypes) {
   std::int32_t value = 1;
   const Tensor tensor{&value, DType::s32, Shape{1}};
   EXPECT_THROW(world().all_reduce(tensor, ReduceOp::sum), UnsupportedError);
+  EXPECT_THROW(world().reduce_async(tensor, ReduceOp::sum, 0), UnsupportedError);
 }
 
 TEST(MpiCommunicator, BroadcastResizesAndCrossesMessages) {
@@ -128,6 +158,9 @@ TEST(MpiCommunicator, BroadcastRefusesAnUnknownRoot) {
   std::vector<std::byte> bytes;
   EXPECT_THROW(world().broadcast(bytes, world().world_size()), CommunicationError);
   EXPECT_THROW(world().broadcast(bytes, -1), CommunicationError);
+  EXPECT_THROW(world().broadcast(Tensor(), -1), CommunicationError);
+  EXPECT_THROW(world().reduce_async(Tensor(), ReduceOp::sum, world().world_size()),
+               CommunicationError);
 }
 
 TEST(MpiCommunicator, AllGatherKeepsRankOrderAndSizes) {

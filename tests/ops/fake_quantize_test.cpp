@@ -98,6 +98,24 @@ TEST_P(FakeQuantize, StochasticRoundingUsesTheElementsOwnNumbers) {
   }
 }
 
+// Ranks that share a parameter quantize some of its groups each.
+TEST_P(FakeQuantize, GroupsOfAPartAreThoseOfTheWhole) {
+  const std::int64_t numel = 6 * 777;
+  const Tensor master = random(Shape{numel}, DType::f32, 0.04);
+  const StochasticKey key{99, 5, 17};
+  for (const int bits : {2, 8}) {
+    const Rounding rounding = bits == 2 ? Rounding::nearest : Rounding::stochastic;
+    const Tensor whole = zeros(master.shape, dtype());
+    backend().fake_quantize({bits, 6, kSymmetric, rounding}, key, 0.0f, master, whole);
+    const Tensor part = zeros(Shape{3 * 777}, dtype());
+    StochasticKey of_part = key;
+    of_part.first_element = 2 * 777;
+    backend().fake_quantize({bits, 3, kSymmetric, rounding}, of_part, 0.0f,
+                            master.flat_slice(2 * 777, 3 * 777), part);
+    EXPECT_EQ(values(part), values(whole.flat_slice(2 * 777, 3 * 777))) << bits << " bits";
+  }
+}
+
 TEST_P(FakeQuantize, MixBlendsMasterAndQuantizedWeight) {
   const Tensor master = random(Shape{12, 100}, DType::f32, 0.5);
   const QuantSpec spec{4, 4, kSymmetric, Rounding::nearest};

@@ -233,6 +233,42 @@ TEST_F(QuantizerTest, MixReachesTheWorkingWeightsButNotTheExport) {
   EXPECT_THROW(quantizer.quantize_into(backend_, store_, 2, store_.working()), UnsupportedError);
 }
 
+// Slices between scales: what ranks publish and export together is what one process does.
+TEST_F(QuantizerTest, SlicesTogetherGiveTheWhole) {
+  for (const Rounding rounding : {Rounding::nearest, Rounding::stochastic}) {
+    QuantizeConfig config = config_with({group_named("", {}, {"classifier"})});
+    config.rounding = rounding;
+    BitSchedule states = schedule(config);
+    Quantizer whole(config, store_, states, 1);
+    for (int step = 1; step <= 2; ++step) states.advance(step, {});
+    whole.publish(backend_, store_, 2);
+    test::BackendWorkbench bench(choose_isa());
+    const Tensor exported = bench.zeros(Shape{store_.numel()}, DType::f32);
+    whole.quantize_into(backend_, store_, 2, exported);
+
+    const std::vector<std::int64_t> units = elements_per_scale(config, store_.parameters());
+    EXPECT_THAT(units, ElementsAre(120, 1, 64, 1, 64, 256, 1));
+    std::vector<DivisibleRange> parts;
+    for (std::size_t i = 0; i < units.size(); ++i) {
+      parts.push_back({store_.parameters()[i].range(), units[i]});
+    }
+    const Partition partition(store_.numel(), 4, parts);
+    for (int rank = 0; rank < 4; ++rank) {
+      ParameterStore sliced(backend_, kSpecs, DType::bf16, ParameterStore::WorkingCopy::separate);
+      backend_.copy(store_.master(), sliced.master());
+      sliced.keep_slice(backend_, partition, rank, ParameterStore::Slices::masters);
+      const FlatRange mine = sliced.owned();
+      Quantizer quantizer(config, sliced, states, 1);
+      quantizer.publish(backend_, sliced, 2);
+      EXPECT_EQ(test::values(sliced.working(mine)), test::values(store_.working(mine)));
+      const Tensor part = bench.zeros(Shape{store_.numel()}, DType::f32);
+      quantizer.quantize_into(backend_, sliced, 2, part);
+      EXPECT_EQ(test::values(part.flat_slice(mine.begin, mine.numel)),
+                test::values(exported.flat_slice(mine.begin, mine.numel)));
+    }
+  }
+}
+
 TEST_F(QuantizerTest, StochasticWeightsAreThoseOfTheStep) {
   QuantizeConfig config = config_with({group_named("", {})});
   config.rounding = Rounding::stochastic;
