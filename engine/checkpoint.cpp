@@ -26,6 +26,7 @@ struct Part {
 };
 
 std::vector<Part> optimizer_parts(const CheckpointTensors& tensors) {
+  if (!tensors.exp_avg) return {};
   return {{tensors.exp_avg, ".exp_avg"}, {tensors.exp_avg_sq, ".exp_avg_sq"}};
 }
 
@@ -146,7 +147,8 @@ void save_checkpoint(const fs::path& directory, const std::string& tag, Backend&
 }
 
 LoadedCheckpoint::LoadedCheckpoint(const fs::path& directory, const std::string& tag,
-                                   const ParameterStore& store, const std::string& config) {
+                                   const ParameterStore& store, const CheckpointTensors& tensors,
+                                   const std::string& config) {
   if (!tag.empty()) check_tag(tag, directory);
   folder_ = directory / (tag.empty() ? latest_tag(directory) : tag);
   check<CheckpointError>(fs::is_directory(folder_), folder_.string(),
@@ -157,7 +159,9 @@ LoadedCheckpoint::LoadedCheckpoint(const fs::path& directory, const std::string&
   check_same_config(state_.config, config, state_path.string());
   try {
     check_fits(folder_ / kModelFile, store, {""});
-    check_fits(folder_ / kOptimizerFile, store, {".exp_avg", ".exp_avg_sq"});
+    std::vector<std::string> endings;
+    for (const Part& part : optimizer_parts(tensors)) endings.push_back(part.ending);
+    check_fits(folder_ / kOptimizerFile, store, endings);
   } catch (const ModelFileError& error) {
     throw CheckpointError(error.what());
   }

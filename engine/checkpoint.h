@@ -31,7 +31,8 @@ struct TrainingState {
 
 /// Flat f32 buffers that a checkpoint holds, parameter by parameter.
 struct CheckpointTensors {
-  Tensor master, exp_avg, exp_avg_sq;  ///< [numel]
+  Tensor master;               ///< [numel]
+  Tensor exp_avg, exp_avg_sq;  ///< [numel], or both empty
 };
 
 /// Writes the checkpoint; an older one of the same tag is replaced in one moment.
@@ -45,13 +46,15 @@ void save_checkpoint(const std::filesystem::path& directory, const std::string& 
 /// A checkpoint that was verified and fits the model, not yet applied.
 class LoadedCheckpoint {
  public:
-  /// `tag` empty: the one that `latest` names. `config` is the run's completed ds_config.
+  /// `tag` empty: the one that `latest` names. `tensors` are those that read() will fill. `config`
+  /// is the run's completed ds_config.
   ///
   /// Throws CheckpointError that names the file and what to do for: a missing or damaged file
   /// (sizes and CRC-32 are compared before anything is parsed), parameters of another model, and
   /// another config (the keys that differ are listed; those that only print may differ).
   LoadedCheckpoint(const std::filesystem::path& directory, const std::string& tag,
-                   const ParameterStore& store, const std::string& config);
+                   const ParameterStore& store, const CheckpointTensors& tensors,
+                   const std::string& config);
 
   const TrainingState& state() const { return state_; }
   /// Copies weights and moments to the device.

@@ -5,21 +5,47 @@
 #include <cmath>
 #include <string>
 
+#include "core/error.h"
+
 namespace bitfall {
 namespace {
 
-/// Ranges of equal decay that cover the flat buffers; gaps hold zeros and go with their neighbour.
-std::vector<DecayRange> decay_ranges(const ParameterStore& store, double weight_decay) {
-  std::vector<DecayRange> ranges;
-  for (const Parameter& parameter : store.parameters()) {
-    const float decay = decays(parameter.name) ? static_cast<float>(weight_decay) : 0.0f;
-    if (ranges.empty() || ranges.back().weight_decay != decay) {
-      const std::int64_t begin = ranges.empty() ? 0 : parameter.offset;
-      ranges.push_back({begin, 0, decay});
-    }
+/// Ranges of the flat buffers that hold `parameters`, and the gaps between neighbours, which hold
+/// zeros.
+std::vector<FlatRange> ranges_of(const ParameterStore& store,
+                                 const std::vector<std::size_t>& parameters) {
+  std::vector<FlatRange> ranges;
+  for (std::size_t i = 0; i < parameters.size(); ++i) {
+    const Parameter& parameter = store.parameters().at(parameters[i]);
+    const bool follows = i > 0 && parameters[i] == parameters[i - 1] + 1;
+    if (!follows) ranges.push_back({parameter.offset, 0});
     ranges.back().numel = parameter.offset + parameter.numel - ranges.back().begin;
   }
   return ranges;
+}
+
+void check_covers(const ParameterStore& store, const std::vector<ParameterGroup>& groups) {
+  std::vector<int> count(store.parameters().size());
+  for (const ParameterGroup& group : groups) {
+    for (const std::size_t index : group.parameters) ++count.at(index);
+  }
+  for (std::size_t index = 0; index < count.size(); ++index) {
+    check<ConfigError>(count[index] == 1, "optimizer: parameter '", store.parameters()[index].name,
+                       "' is in ", count[index], " parameter groups, expected one");
+  }
+}
+
+void check_numbers(const ParameterGroup& group, std::size_t index) {
+  const auto check_one = [index](const char* name, double value, bool good, const char* expected) {
+    check<ConfigError>(good, "optimizer: ", name, " of parameter group ", index, " = ", value,
+                       ": expected ", expected);
+  };
+  const auto in = [](double value, double low) { return std::isfinite(value) && value >= low; };
+  check_one("lr", group.learning_rate, in(group.learning_rate, 0), "a finite number, 0 or more");
+  check_one("weight_decay", group.weight_decay, in(group.weight_decay, 0),
+            "a finite number, 0 or more");
+  check_one("eps", group.eps, in(group.eps, 0), "a finite number, 0 or more");
+  for (const double beta : group.betas) check_one("betas", beta, in(beta, 0) && beta < 1, "0 to 1");
 }
 
 float bias_correction(double beta, std::int64_t steps) {
@@ -35,8 +61,22 @@ bool decays(std::string_view parameter_name) {
   return lower.find("bias") == std::string::npos && lower.find("layernorm") == std::string::npos;
 }
 
-Optimizer::Optimizer(Backend& backend, const ParameterStore& store, const OptimizerConfig& config)
-    : backend_(backend), config_(config), ranges_(decay_ranges(store, config.weight_decay)) {
+std::vector<ParameterGroup> default_groups(const ParameterStore& store,
+                                           const OptimizerConfig& config) {
+  ParameterGroup decaying{{}, config.lr, config.weight_decay, config.betas, config.eps};
+  ParameterGroup spared{{}, config.lr, 0.0, config.betas, config.eps};
+  for (std::size_t index = 0; index < store.parameters().size(); ++index) {
+    (decays(store.parameters()[index].name) ? decaying : spared).parameters.push_back(index);
+  }
+  return {std::move(decaying), std::move(spared)};
+}
+
+Optimizer::Optimizer(Backend& backend, const ParameterStore& store, const OptimizerConfig& config,
+                     std::vector<ParameterGroup> groups)
+    : backend_(backend), config_(config), groups_(std::move(groups)) {
+  check_covers(store, groups_);
+  set_numbers(groups_);
+  for (const ParameterGroup& group : groups_) ranges_.push_back(ranges_of(store, group.parameters));
   const auto bytes = static_cast<std::size_t>(store.numel()) * size_in_bytes(DType::f32);
   exp_avg_buffer_ = backend.allocate(bytes);
   exp_avg_sq_buffer_ = backend.allocate(bytes);
@@ -44,21 +84,47 @@ Optimizer::Optimizer(Backend& backend, const ParameterStore& store, const Optimi
   exp_avg_sq_ = exp_avg_sq_buffer_.view(DType::f32, Shape{store.numel()});
 }
 
-void Optimizer::step(const ParameterStore& store, double learning_rate,
-                     double gradient_multiplier) {
-  ++steps_;
+void Optimizer::set_learning_rate(double learning_rate) {
+  for (ParameterGroup& group : groups_) group.learning_rate = learning_rate;
+}
+
+void Optimizer::set_numbers(const std::vector<ParameterGroup>& groups) {
+  check<ConfigError>(groups.size() == groups_.size(), "optimizer: ", groups.size(),
+                     " parameter groups, expected the ", groups_.size(), " it was made with");
+  for (std::size_t i = 0; i < groups.size(); ++i) check_numbers(groups[i], i);
+  for (std::size_t i = 0; i < groups.size(); ++i) {
+    groups_[i].learning_rate = groups[i].learning_rate;
+    groups_[i].weight_decay = groups[i].weight_decay;
+    groups_[i].betas = groups[i].betas;
+    groups_[i].eps = groups[i].eps;
+  }
+}
+
+AdamStep Optimizer::adam_step(const ParameterGroup& group, double gradient_multiplier) const {
   AdamStep step;
-  step.learning_rate = static_cast<float>(learning_rate);
-  step.beta1 = static_cast<float>(config_.betas[0]);
-  step.beta2 = static_cast<float>(config_.betas[1]);
-  step.epsilon = static_cast<float>(config_.eps);
+  step.learning_rate = static_cast<float>(group.learning_rate);
+  step.beta1 = static_cast<float>(group.betas[0]);
+  step.beta2 = static_cast<float>(group.betas[1]);
+  step.epsilon = static_cast<float>(group.eps);
   step.adam_w_mode = config_.adam_w_mode;
   step.gradient_multiplier = static_cast<float>(gradient_multiplier);
   if (config_.bias_correction) {
-    step.bias_correction1 = bias_correction(config_.betas[0], steps_);
-    step.bias_correction2 = bias_correction(config_.betas[1], steps_);
+    step.bias_correction1 = bias_correction(group.betas[0], steps_);
+    step.bias_correction2 = bias_correction(group.betas[1], steps_);
   }
-  backend_.adam_update(step, ranges_, store.gradient(), store.master(), exp_avg_, exp_avg_sq_);
+  return step;
+}
+
+void Optimizer::step(const ParameterStore& store, double gradient_multiplier) {
+  ++steps_;
+  for (std::size_t i = 0; i < groups_.size(); ++i) {
+    std::vector<DecayRange> ranges;
+    for (const FlatRange& range : ranges_[i]) {
+      ranges.push_back({range.begin, range.numel, static_cast<float>(groups_[i].weight_decay)});
+    }
+    backend_.adam_update(adam_step(groups_[i], gradient_multiplier), ranges, store.gradient(),
+                         store.master(), exp_avg_, exp_avg_sq_);
+  }
 }
 
 }  // namespace bitfall

@@ -1,6 +1,7 @@
 // Optimizer: Adam and AdamW over the flat buffers of a ParameterStore.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string_view>
 #include <vector>
@@ -15,13 +16,35 @@ namespace bitfall {
 /// or "layernorm" in them, whatever the case.
 bool decays(std::string_view parameter_name);
 
+/// What Adam does with some of the parameters; torch calls it a param_group.
+struct ParameterGroup {
+  std::vector<std::size_t> parameters;  ///< rising indices into the store
+  double learning_rate = 0;
+  double weight_decay = 0;
+  std::array<double, 2> betas{0.9, 0.999};
+  double eps = 1e-8;
+};
+
+/// Two groups with the numbers of `config`: what decays, and what does not.
+std::vector<ParameterGroup> default_groups(const ParameterStore& store,
+                                           const OptimizerConfig& config);
+
 class Optimizer {
  public:
-  /// Allocates the moments, [numel] f32 each, zero.
-  Optimizer(Backend& backend, const ParameterStore& store, const OptimizerConfig& config);
+  /// Allocates the moments, [numel] f32 each, zero. Of `config` only what holds for all groups is
+  /// read. Throws ConfigError unless every parameter is in exactly one group.
+  Optimizer(Backend& backend, const ParameterStore& store, const OptimizerConfig& config,
+            std::vector<ParameterGroup> groups);
+
+  /// Their numbers may change from step to step, their parameters may not.
+  const std::vector<ParameterGroup>& groups() const { return groups_; }
+  void set_learning_rate(double learning_rate);  ///< of all groups
+  /// `groups` has one entry per group, of which the parameters are ignored. Throws ConfigError for
+  /// another number of groups and for numbers that Adam cannot work with.
+  void set_numbers(const std::vector<ParameterGroup>& groups);
 
   /// Updates store.master() from store.gradient() * gradient_multiplier.
-  void step(const ParameterStore& store, double learning_rate, double gradient_multiplier);
+  void step(const ParameterStore& store, double gradient_multiplier);
 
   /// Updates so far; sets the bias correction. Skipped steps do not count.
   std::int64_t steps() const { return steps_; }
@@ -30,9 +53,12 @@ class Optimizer {
   Tensor exp_avg_sq() const { return exp_avg_sq_; }  ///< [numel] f32
 
  private:
+  AdamStep adam_step(const ParameterGroup& group, double gradient_multiplier) const;
+
   Backend& backend_;
   OptimizerConfig config_;
-  std::vector<DecayRange> ranges_;
+  std::vector<ParameterGroup> groups_;
+  std::vector<std::vector<FlatRange>> ranges_;  ///< parallel to groups_
   Buffer exp_avg_buffer_, exp_avg_sq_buffer_;
   Tensor exp_avg_, exp_avg_sq_;
   std::int64_t steps_ = 0;

@@ -41,16 +41,22 @@ int width(DType dtype) { return dtype == DType::f32 ? 32 : 16; }
 }  // namespace
 
 Updater::Updater(Backend& backend, Communicator& communicator, const CompletedConfig& config,
-                 const std::vector<ParameterSpec>& parameters, const LoadWeights& load_weights)
+                 const std::vector<ParameterSpec>& parameters, const LoadWeights& load_weights,
+                 UpdateRule rule)
     : backend_(backend),
       communicator_(communicator),
       config_(config),
       store_(backend, parameters, this->config().compute_dtype, working_copy(this->config())),
-      optimizer_(backend, store_, this->config().optimizer),
       loss_scaler_(this->config().loss_scale),
-      lr_schedule_(this->config().scheduler, this->config().optimizer.lr),
       unblocked_(outside_of_blocks(store_)) {
   const Config& values = this->config();
+  if (rule.kind == UpdateRule::Kind::schedule) {
+    lr_schedule_.emplace(values.scheduler, values.optimizer.lr);
+    rule.groups = default_groups(store_, values.optimizer);
+  }
+  if (rule.kind != UpdateRule::Kind::caller) {
+    optimizer_.emplace(backend, store_, values.optimizer, std::move(rule.groups));
+  }
   if (values.quantize.enabled) {
     const std::string path = layer_path(store_.parameters());
     check_layers(values.eigenvalue, path, store_.num_blocks());
@@ -101,7 +107,14 @@ void Updater::start_reduction(int block) {
   for (const FlatRange& range : unblocked_) reduce(range);
 }
 
-StepResult Updater::step(const Tensor& loss, const MakeHessian& make_hessian) {
+bool Updater::needs_eigenvalues() const {
+  return bit_schedule_ &&
+         eigenvalues_due(config().eigenvalue, *bit_schedule_, state_.boundaries + 1);
+}
+
+StepResult Updater::step(const Tensor& loss, const MakeHessian& make_hessian,
+                         const UpdateMasters& update_masters) {
+  const bool needs_eigenvalues = this->needs_eigenvalues();
   timer_.measure("all_reduce", [&] {
     communicator_.all_reduce_async(loss, ReduceOp::mean);
     communicator_.wait_all();
@@ -109,15 +122,17 @@ StepResult Updater::step(const Tensor& loss, const MakeHessian& make_hessian) {
   StepResult result;
   result.loss = to_host(backend_, loss);
   result.loss_scale = loss_scaler_.scale();
-  result.learning_rate = lr_schedule_.rate(state_.global_step);
+  if (lr_schedule_) optimizer_->set_learning_rate(lr_schedule_->rate(state_.global_step));
+  if (optimizer_) result.learning_rate = optimizer_->groups().front().learning_rate;
   result.grad_norm = timer_.measure("update", [&] { return gradient_norm(); });
   ++state_.boundaries;
   if (!std::isfinite(result.grad_norm)) return skip_step(std::move(result));
 
-  const std::vector<double> eigenvalues = compute_eigenvalues(make_hessian, result);
+  std::vector<double> eigenvalues;
+  if (needs_eigenvalues) eigenvalues = compute_eigenvalues(make_hessian, result);
   if (bit_schedule_) result.drops = bit_schedule_->advance(state_.global_step + 1, eigenvalues);
   if (!result.drops.empty()) check_ranks_agree_on_bits();
-  update(result);
+  update(result, update_masters);
   publish_weights();
   result.step = state_.global_step;
   result.bits = bits_per_state();
@@ -153,26 +168,29 @@ void Updater::refuse_gradient(double loss) const {
 
 std::vector<double> Updater::compute_eigenvalues(const MakeHessian& make_hessian,
                                                  StepResult& result) {
-  std::vector<double> normalized;
-  if (!bit_schedule_ || !eigenvalues_due(config().eigenvalue, *bit_schedule_, state_.boundaries)) {
-    return normalized;
-  }
   timer_.measure("eigenvalues", [&] {
     const std::unique_ptr<HessianSource> hessian = make_hessian();
     result.eigenvalues = eigenvalues_->compute(*hessian, state_.global_step + 1);
   });
+  std::vector<double> normalized;
   for (const EigenvalueResult& eigenvalue : result.eigenvalues) {
     normalized.push_back(eigenvalue.normalized);
   }
   return normalized;
 }
 
-void Updater::update(StepResult& result) {
+void Updater::update(const StepResult& result, const UpdateMasters& update_masters) {
   // The 1e-6 is DeepSpeed's and PyTorch's.
   const double clipping = config().gradient_clipping;
   const double clip = clipping > 0 ? std::min(1.0, clipping / (result.grad_norm + 1e-6)) : 1.0;
+  const double multiplier = clip / loss_scaler_.scale();
   timer_.measure("update", [&] {
-    optimizer_.step(store_, result.learning_rate, clip / loss_scaler_.scale());
+    if (optimizer_) return optimizer_->step(store_, multiplier);
+    const Tensor gradient = store_.gradient();
+    if (multiplier != 1.0) {
+      backend_.axpby(static_cast<float>(multiplier), gradient, 0.0f, gradient);
+    }
+    update_masters();
   });
   loss_scaler_.on_success();
   ++state_.global_step;

@@ -29,6 +29,15 @@
 
 namespace bitfall {
 
+/// Who turns gradients into new masters.
+struct UpdateRule {
+  /// schedule: Adam on default_groups(), at the rates of the config's scheduler. groups: Adam on
+  /// `groups`, whose numbers the caller sets before each step. caller: what it gives to step().
+  enum class Kind { schedule, groups, caller };
+  Kind kind = Kind::schedule;
+  std::vector<ParameterGroup> groups;
+};
+
 struct QuantizedSize {
   std::int64_t numel = 0;
   int bits = 32;  ///< 32 for a parameter that is not quantized
@@ -41,23 +50,30 @@ class Updater {
  public:
   /// Fills the master weights of the store.
   using LoadWeights = std::function<void(Backend& backend, const ParameterStore& store)>;
+  /// Changes the masters by the gradients in the store, which are unscaled, clipped means then.
+  using UpdateMasters = std::function<void()>;
 
   /// `backend` and `communicator` must outlive the object. Weights of rank 0 are broadcast. Throws
   /// ConfigError if the config does not fit the parameters (layer_name, layer_num, groups that do
   /// not divide).
   Updater(Backend& backend, Communicator& communicator, const CompletedConfig& config,
-          const std::vector<ParameterSpec>& parameters, const LoadWeights& load_weights);
+          const std::vector<ParameterSpec>& parameters, const LoadWeights& load_weights,
+          UpdateRule rule = {});
 
   const Config& config() const { return config_.config; }
   const ParameterStore& store() const { return store_; }
   /// Null if nothing is quantized.
   const Quantizer* quantizer() const { return quantizer_.get(); }
+  /// Null if the caller updates the masters.
+  Optimizer* optimizer() { return optimizer_ ? &*optimizer_ : nullptr; }
   std::int64_t global_step() const { return state_.global_step; }      ///< updates so far
   std::int64_t skipped_steps() const { return state_.skipped_steps; }  ///< overflows so far
   /// What gradients must be multiplied by before they are summed into store().gradient().
   double loss_scale() const { return loss_scaler_.scale(); }
   /// States of the bit schedule, parallel to StepResult::bits; empty without quantization.
   std::vector<BitStateSpec> bit_states() const;
+  /// True if the next step computes eigenvalues unless its gradients overflow.
+  bool needs_eigenvalues() const;
   /// As in StepResult; the width of the compute dtype while quantization has not begun.
   std::vector<int> bits_per_state() const;
 
@@ -66,17 +82,18 @@ class Updater {
   /// kNoBlock, in the same order before step().
   void start_reduction(int block);
 
-  /// The step: waits for the reductions, then norm, clipping, eigenvalues, bit schedule, Adam and
-  /// the new working weights.
+  /// The step: waits for the reductions, then norm, clipping, eigenvalues, bit schedule, new
+  /// masters and new working weights.
   ///
   /// `loss` [1] f32 on the device: this rank's share, of which the mean over ranks is the loss; it
   /// is overwritten by that mean. `make_hessian` is called if eigenvalues are due; its products are
-  /// then this rank's share in the same sense.
+  /// then this rank's share in the same sense. `update_masters` is called under UpdateRule::caller.
   ///
   /// An fp16 overflow skips the step: loss scale and counters move, weights and schedules do not.
   /// Throws TrainingError that names step and parameter if a gradient is not finite outside of
   /// fp16, or the loss scale is at its minimum; weights are then untouched.
-  StepResult step(const Tensor& loss, const MakeHessian& make_hessian);
+  StepResult step(const Tensor& loss, const MakeHessian& make_hessian,
+                  const UpdateMasters& update_masters = {});
 
   /// Flat f32 [numel]: the quantized weights exactly on their grid (masters where nothing is
   /// quantized), to be read only; valid until release_evaluation_weights() or load_checkpoint().
@@ -108,7 +125,7 @@ class Updater {
   double gradient_norm();
   StepResult skip_step(StepResult result);
   std::vector<double> compute_eigenvalues(const MakeHessian& make_hessian, StepResult& result);
-  void update(StepResult& result);
+  void update(const StepResult& result, const UpdateMasters& update_masters);
   void publish_weights();
   [[noreturn]] void refuse_gradient(double loss) const;
   void check_ranks_agree_on_bits() const;
@@ -120,9 +137,9 @@ class Updater {
   Communicator& communicator_;
   CompletedConfig config_;
   ParameterStore store_;
-  Optimizer optimizer_;
+  std::optional<Optimizer> optimizer_;     ///< empty: the caller updates
+  std::optional<LrSchedule> lr_schedule_;  ///< empty: the caller sets the rates
   LossScaler loss_scaler_;
-  LrSchedule lr_schedule_;
   std::unique_ptr<BitSchedule> bit_schedule_;        ///< null without quantization
   std::unique_ptr<Quantizer> quantizer_;             ///< null without quantization
   std::unique_ptr<EigenvalueBoundary> eigenvalues_;  ///< null without quantization

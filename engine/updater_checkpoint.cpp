@@ -6,7 +6,8 @@
 namespace bitfall {
 
 CheckpointTensors Updater::checkpoint_tensors() const {
-  return {store_.master(), optimizer_.exp_avg(), optimizer_.exp_avg_sq()};
+  if (!optimizer_) return {store_.master(), {}, {}};
+  return {store_.master(), optimizer_->exp_avg(), optimizer_->exp_avg_sq()};
 }
 
 void Updater::agree(const std::string& error) const {
@@ -23,7 +24,7 @@ void Updater::save_checkpoint(const std::filesystem::path& directory, const std:
   std::string error;
   if (communicator_.rank() == 0) {
     TrainingState state = state_;
-    state.optimizer_steps = optimizer_.steps();
+    if (optimizer_) state.optimizer_steps = optimizer_->steps();
     state.loss_scaler = loss_scaler_.state();
     if (bit_schedule_) state.bit_schedule = bit_schedule_->state();
     state.config = config_.json;
@@ -44,7 +45,7 @@ std::string Updater::load_checkpoint(const std::filesystem::path& directory,
   std::optional<BitSchedule> schedule;
   LossScaler scaler(config().loss_scale);
   try {
-    loaded.emplace(directory, tag, store_, config_.json);
+    loaded.emplace(directory, tag, store_, checkpoint_tensors(), config_.json);
     scaler.restore(loaded->state().loss_scaler);
     if (bit_schedule_) {
       schedule.emplace(*bit_schedule_);
@@ -57,7 +58,7 @@ std::string Updater::load_checkpoint(const std::filesystem::path& directory,
 
   loaded->read(backend_, store_, checkpoint_tensors());
   state_ = loaded->state();
-  optimizer_.set_steps(state_.optimizer_steps);
+  if (optimizer_) optimizer_->set_steps(state_.optimizer_steps);
   loss_scaler_ = scaler;
   if (schedule) bit_schedule_->restore(schedule->state());
   evaluation_buffer_ = Buffer();

@@ -66,7 +66,7 @@ std::map<std::string, std::int64_t> Updater::memory_bytes() const {
   return {{"master", bytes(store_.master().bytes())},
           {"working", store_.working_is_master() ? 0 : bytes(store_.working().bytes())},
           {"gradient", bytes(store_.gradient().bytes())},
-          {"optimizer", bytes(optimizer_.exp_avg().bytes() + optimizer_.exp_avg_sq().bytes())},
+          {"optimizer", optimizer_ ? bytes(optimizer_->exp_avg().bytes() * 2) : 0},
           {"evaluation", bytes(evaluation_buffer_.bytes())}};
 }
 

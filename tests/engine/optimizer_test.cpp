@@ -37,12 +37,13 @@ TEST(Decays, SparesBiasesAndLayerNorms) {
 TEST_F(OptimizerTest, FirstAdamWStepMovesByTheLearningRateAndDecaysMatricesOnly) {
   OptimizerConfig config;
   config.weight_decay = 0.1;
-  Optimizer optimizer(backend, store, config);
+  Optimizer optimizer(backend, store, config, default_groups(store, config));
   for (std::size_t i = 0; i < kSpecs.size(); ++i) {
     fill(store.master(i), 1.0f);
     fill(store.gradient(i), 4.0f);
   }
-  optimizer.step(store, 0.01, 0.5);
+  optimizer.set_learning_rate(0.01);
+  optimizer.step(store, 0.5);
   // m / (1 - beta1) = g, v / (1 - beta2) = g^2: a first step of lr * sign(g), whatever the size.
   for (std::size_t i = 0; i < kSpecs.size(); ++i) {
     const double decay = decays(kSpecs[i].name) ? 0.01 * 0.1 : 0.0;
@@ -59,14 +60,15 @@ TEST_F(OptimizerTest, TenStepsEqualAScalarAdam) {
   config.eps = 1e-6;
   config.weight_decay = 0.05;
   config.adam_w_mode = false;
-  Optimizer optimizer(backend, store, config);
+  config.lr = 1e-2;
+  Optimizer optimizer(backend, store, config, default_groups(store, config));
   const std::size_t index = store.index_of("layer.0.dense.weight");
   fill(store.master(index), 0.5f);
   double w = 0.5, m = 0, v = 0;
   for (int t = 1; t <= 10; ++t) {
     const double gradient = std::sin(static_cast<double>(t));
     fill(store.gradient(index), static_cast<float>(gradient));
-    optimizer.step(store, 1e-2, 1.0);
+    optimizer.step(store, 1.0);
     const double g = gradient + 0.05 * w;
     m = 0.8 * m + 0.2 * g;
     v = 0.95 * v + 0.05 * g * g;
@@ -75,12 +77,52 @@ TEST_F(OptimizerTest, TenStepsEqualAScalarAdam) {
   }
 }
 
+TEST_F(OptimizerTest, EveryGroupHasItsOwnNumbers) {
+  ParameterGroup fast{{0, 4}, 0.1, 0.5};
+  ParameterGroup slow{{1, 2, 3}, 0.01, 0.0, {0.5, 0.9}};
+  Optimizer optimizer(backend, store, {}, {fast, slow});
+  for (std::size_t i = 0; i < kSpecs.size(); ++i) {
+    fill(store.master(i), 1.0f);
+    fill(store.gradient(i), 2.0f);
+  }
+  optimizer.step(store, 1.0);
+  for (const std::size_t i : fast.parameters) {
+    EXPECT_NEAR(store.master(i).as<float>()[1], 1.0 - 0.1 * 0.5 - 0.1, 1e-6);
+  }
+  for (const std::size_t i : slow.parameters) {
+    EXPECT_NEAR(store.master(i).as<float>()[1], 1.0 - 0.01, 1e-6);
+    const std::int64_t offset = store.parameters()[i].offset;
+    EXPECT_NEAR(optimizer.exp_avg().as<float>()[offset], 0.5 * 2.0, 1e-6);
+  }
+
+  fast.learning_rate = 0;
+  optimizer.set_numbers({fast, slow});
+  const float before = store.master(std::size_t{0}).as<float>()[0];
+  optimizer.step(store, 1.0);
+  EXPECT_EQ(store.master(std::size_t{0}).as<float>()[0], before);
+}
+
+TEST_F(OptimizerTest, RefusesGroupsThatDoNotFit) {
+  const std::vector<ParameterGroup> twice = {{{0, 1, 2, 3, 4}}, {{0}}};
+  EXPECT_THROW(Optimizer(backend, store, {}, twice), ConfigError);
+  EXPECT_THROW(Optimizer(backend, store, {}, {{{0, 1, 2, 3}}}), ConfigError);
+  ParameterGroup all{{0, 1, 2, 3, 4}, 0.1};
+  Optimizer optimizer(backend, store, {}, {all});
+  EXPECT_THROW(optimizer.set_numbers({all, all}), ConfigError);
+  all.learning_rate = std::nan("");
+  EXPECT_THROW(optimizer.set_numbers({all}), ConfigError);
+  all.learning_rate = 0.1;
+  all.betas = {0.9, 1.0};
+  EXPECT_THROW(optimizer.set_numbers({all}), ConfigError);
+}
+
 TEST_F(OptimizerTest, GapsBetweenParametersStayZero) {
   OptimizerConfig config;
   config.weight_decay = 0.1;
-  Optimizer optimizer(backend, store, config);
+  Optimizer optimizer(backend, store, config, default_groups(store, config));
   for (std::size_t i = 0; i < kSpecs.size(); ++i) fill(store.gradient(i), 1.0f);
-  optimizer.step(store, 0.1, 1.0);
+  optimizer.set_learning_rate(0.1);
+  optimizer.step(store, 1.0);
   for (std::int64_t i = 6; i < 16; ++i) EXPECT_EQ(store.master().as<float>()[i], 0.0f);
 }
 
