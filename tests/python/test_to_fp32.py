@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from bitfall.safetensors_writer import write_safetensors
+from bitfall.safetensors_file import read_safetensors, write_safetensors
 from conftest import environment, run_cli
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -130,7 +130,31 @@ def test_safetensors_of_every_dtype(tmp_path):
     arrays = {name: np.array([[0, 1, 2], [3, 4, 5]]).T.astype(name) for name in names}
     arrays["scalar"], arrays["empty"] = np.float32(2.5).reshape(()), np.empty((0, 3), np.float32)
     write_safetensors(tmp_path / "all.safetensors", arrays, {"format": "pt"})
-    read = load_file(tmp_path / "all.safetensors")
-    for name, array in arrays.items():
-        assert read[name].dtype == array.dtype
-        np.testing.assert_array_equal(read[name], array)
+    path = tmp_path / "all.safetensors"
+    for read in (load_file(path), read_safetensors(path.read_bytes())):
+        assert read.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert read[name].dtype == array.dtype
+            np.testing.assert_array_equal(read[name], array)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[]",
+        "{",
+        '{"a": 1}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 4]}}',
+    ],
+)
+def test_malformed_safetensors(header):
+    data = len(header).to_bytes(8, "little") + header.encode() + bytes(4)
+    with pytest.raises(ValueError, match=r"."):
+        read_safetensors(data)
+    with pytest.raises(ValueError, match=r"."):
+        read_safetensors(data[:5])

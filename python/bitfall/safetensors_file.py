@@ -1,4 +1,7 @@
-"""Writes arrays as a safetensors file."""
+"""Arrays in a safetensors file.
+
+Source: README of huggingface/safetensors, section "Format".
+"""
 
 from __future__ import annotations
 
@@ -27,16 +30,15 @@ DTYPE_NAMES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
+NUMPY_NAMES = {file: numpy for numpy, file in DTYPE_NAMES.items()}
 HEADER_ALIGNMENT = 8
+LENGTH_BYTES = 8
 
 
 def write_safetensors(
     path: Path, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]
 ) -> None:
-    """Writes `arrays` by name, row-major and little-endian; `path` appears when it is complete.
-
-    Source: README of huggingface/safetensors, section "Format".
-    """
+    """Writes `arrays` by name, row-major and little-endian; `path` appears when it is complete."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, array in arrays.items():
@@ -53,3 +55,23 @@ def write_safetensors(
         file.write(text)
         for array in arrays.values():
             file.write(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)
+
+
+def read_safetensors(data: bytes) -> dict[str, NDArray[Any]]:
+    """The arrays of a whole file, as views of `data`. Raises ValueError for a malformed one."""
+    size = int.from_bytes(data[:LENGTH_BYTES], "little")
+    begin = LENGTH_BYTES + size
+    try:
+        header = json.loads(data[LENGTH_BYTES:begin])
+        header.pop("__metadata__", None)
+        return {name: _array(memoryview(data)[begin:], tensor) for name, tensor in header.items()}
+    except (AttributeError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"malformed header ({error})") from None
+
+
+def _array(data: memoryview, tensor: dict[str, Any]) -> NDArray[Any]:
+    first, last = tensor["data_offsets"]
+    if not 0 <= first <= last <= len(data):
+        raise ValueError("a tensor outside of the file")
+    kind = np.dtype(NUMPY_NAMES[tensor["dtype"]]).newbyteorder("<")
+    return np.frombuffer(data[first:last], kind).reshape(tensor["shape"])
