@@ -3,6 +3,7 @@
 
 #include <pybind11/stl.h>
 
+#include "engine/lr_schedule.h"
 #include "python/bindings/bindings.h"
 
 namespace py = pybind11;
@@ -57,6 +58,12 @@ void bind_config(py::module_& module) {
         return parse_config(text, source, flag_values(flags));
       },
       py::arg("text"), py::arg("source"), py::arg("flags"));
+  module.def(
+      "scheduled_rate",
+      [](const CompletedConfig& completed, double base_rate, std::int64_t completed_steps) {
+        return LrSchedule(completed.config.scheduler, base_rate).rate(completed_steps);
+      },
+      py::arg("config"), py::arg("base_rate"), py::arg("completed_steps"));
 }
 
 }  // namespace bitfall::python

@@ -9,6 +9,7 @@
 #include "python/bindings/arrays.h"
 #include "python/bindings/batch.h"
 #include "python/bindings/bindings.h"
+#include "python/bindings/step_result.h"
 
 namespace py = pybind11;
 
@@ -37,7 +38,7 @@ class PythonEngine {
       const py::gil_scoped_release release;
       result = engine_->train_batch(batches);
     }
-    return to_dict(result);
+    return to_dict(result, updater().bit_states());
   }
 
   py::tuple evaluate(const py::dict& dict) {
@@ -71,93 +72,23 @@ class PythonEngine {
   }
 
  private:
-  py::dict to_dict(const StepResult& result);
-  py::list drops(const StepResult& result);
-
   Communicator& communicator_;
   HeadConfig head_;
   std::string model_config_;
   std::unique_ptr<Engine> engine_;
 };
 
-py::list PythonEngine::drops(const StepResult& result) {
-  const std::vector<BitStateSpec> states = updater().bit_states();
-  py::list list;
-  for (const BitDrop& drop : result.drops) {
-    py::dict entry;
-    entry["step"] = drop.step;
-    entry["name"] = states[drop.state].name;
-    entry["old_bits"] = drop.old_bits;
-    entry["new_bits"] = drop.new_bits;
-    entry["next_threshold"] = drop.next_threshold;
-    entry["factor"] = drop.factor;
-    list.append(entry);
-  }
-  return list;
-}
-
-py::list eigenvalues(const StepResult& result) {
-  py::list list;
-  for (const EigenvalueResult& eigenvalue : result.eigenvalues) {
-    py::dict entry;
-    entry["name"] = eigenvalue.name;
-    entry["block"] = eigenvalue.block;
-    entry["iterations"] = eigenvalue.iterations;
-    entry["products"] = eigenvalue.products;
-    entry["converged"] = eigenvalue.converged;
-    entry["value"] = eigenvalue.value;
-    entry["normalized"] = eigenvalue.normalized;
-    entry["factor"] = eigenvalue.factor;
-    list.append(entry);
-  }
-  return list;
-}
-
-py::dict PythonEngine::to_dict(const StepResult& result) {
-  py::dict bits;
-  const std::vector<BitStateSpec> states = updater().bit_states();
-  for (std::size_t i = 0; i < states.size(); ++i) bits[py::str(states[i].name)] = result.bits[i];
-  py::dict dict;
-  dict["step"] = result.step;
-  dict["loss"] = result.loss;
-  dict["grad_norm"] = result.grad_norm;
-  dict["learning_rate"] = result.learning_rate;
-  dict["loss_scale"] = result.loss_scale;
-  dict["skipped"] = result.skipped;
-  dict["bits"] = bits;
-  dict["drops"] = drops(result);
-  dict["eigenvalues"] = eigenvalues(result);
-  return dict;
-}
-
-py::dict quantized_sizes(PythonEngine& self) {
-  py::dict sizes;
-  for (const auto& [name, size] : self.updater().quantized_sizes()) {
-    py::dict entry;
-    entry["numel"] = size.numel;
-    entry["bits"] = size.bits;
-    entry["bytes_f32"] = size.bytes_f32;
-    entry["bytes_quantized"] = size.bytes_quantized;
-    sizes[py::str(name)] = entry;
-  }
-  return sizes;
-}
-
 }  // namespace
 
 void bind_engine(py::module_& module) {
   const py::call_guard<py::gil_scoped_release> released;
-  const auto of_updater = [](auto member) {
-    return [member](PythonEngine& self) { return (self.updater().*member)(); };
-  };
-  py::class_<PythonEngine>(module, "Engine")
+  py::class_<PythonEngine> engine(module, "Engine");
+  engine
       .def(py::init<const std::string&, const std::string&, std::int64_t, const CompletedConfig&,
                     Communicator&>(),
            py::arg("model_dir"), py::arg("head"), py::arg("num_labels"), py::arg("config"),
            py::arg("communicator"), py::keep_alive<1, 6>())
       .def_property_readonly("num_layers", &PythonEngine::num_layers)
-      .def_property_readonly("global_step", of_updater(&Updater::global_step))
-      .def_property_readonly("skipped_steps", of_updater(&Updater::skipped_steps))
       .def("train_batch", &PythonEngine::train_batch, py::arg("micro_batches"))
       .def("evaluate", &PythonEngine::evaluate, py::arg("batch"))
       .def(
@@ -175,11 +106,8 @@ void bind_engine(py::module_& module) {
           },
           py::arg("directory"), py::arg("tag") = py::none(), released)
       .def("save_model", &PythonEngine::save_model, py::arg("directory"), py::arg("weights"),
-           released)
-      .def("quantization_error", of_updater(&Updater::quantization_error))
-      .def("quantized_sizes", &quantized_sizes)
-      .def("memory_bytes", of_updater(&Updater::memory_bytes))
-      .def("timings", of_updater(&Updater::timings));
+           released);
+  bind_common(engine, [](PythonEngine& self) -> Updater& { return self.updater(); });
 }
 
 }  // namespace bitfall::python

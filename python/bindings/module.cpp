@@ -11,5 +11,6 @@ PYBIND11_MODULE(_core, module) {
   bind_quantize(module);
   bind_communicator(module);
   bind_engine(module);
+  bind_updater(module);
   module.def("cpu_isa", &bitfall::cpu_isa);
 }

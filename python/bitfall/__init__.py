@@ -1,7 +1,7 @@
-"""bitfall: DeepSpeed-compatible mixed-precision quantization training of BERT encoders.
+"""bitfall: DeepSpeed-compatible mixed-precision quantization training.
 
-fake_quantize and quantize come from the compiled module, which is loaded on first use so that
-`bitfall --help` stays fast.
+Everything is loaded on first use: fake_quantize and quantize come from the compiled module,
+initialize needs PyTorch, and `bitfall --help` stays fast.
 """
 
 from __future__ import annotations
@@ -17,13 +17,18 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 if TYPE_CHECKING:
     from bitfall._core import __version__, fake_quantize, quantize
+    from bitfall.bridge import initialize
 
-__all__ = ["__version__", "fake_quantize", "quantize"]
+__all__ = ["__version__", "fake_quantize", "initialize", "quantize"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'bitfall' has no attribute '{name}'")
+    if name == "initialize":
+        from bitfall.bridge import initialize
+
+        return initialize
     from bitfall import _core
 
     return getattr(_core, name)

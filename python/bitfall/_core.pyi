@@ -1,5 +1,6 @@
 """The C++ engine as Python sees it (pybind11 module). Arrays are numpy arrays; errors are the classes below."""
 
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 import numpy as np
@@ -77,6 +78,9 @@ class CompletedConfig:
 
 def parse_config(text: str, source: str, flags: dict[str, FlagValue]) -> CompletedConfig: ...
 
+def scheduled_rate(config: CompletedConfig, base_rate: float, completed_steps: int) -> float:
+    """Learning rate after so many steps under the config's scheduler."""
+
 class PlannedState(TypedDict):
     name: str
     group: int
@@ -139,6 +143,41 @@ class Engine:
     def memory_bytes(self) -> dict[str, int]: ...
     def timings(self) -> dict[str, float]:
         """Seconds since the last call by phase: forward, backward, all_reduce, update, quantize, eigenvalues."""
+
+class Updater:
+    """The engine's step over parameters that Python runs forward and backward. Every rank constructs it alike."""
+
+    def __init__(
+        self,
+        # (name, shape, block or -1, whether it lies right behind its predecessor); blocks consecutive from 0
+        parameters: list[tuple[str, list[int], int, bool]],
+        config: CompletedConfig,
+        communicator: Communicator,
+        # {"lr", "weight_decay", "betas", "eps", "parameters": rising indices} each; None: the caller updates masters
+        groups: list[dict[str, Any]] | None,
+        fill: Callable[[int, Any], None],  # (index, DLPack capsule of the f32 master, valid during the call)
+    ) -> None: ...
+    global_step: int
+    skipped_steps: int
+    loss_scale: float
+    loss: Any  # DLPack capsule [1] f32: this rank's share of the loss, to be summed up before step()
+    needs_eigenvalues: bool  # at the next step
+    layer_path: str  # what the names of block parameters begin with
+    def capsules(self, buffer: str) -> list[Any]:
+        """One DLPack capsule per parameter over "master", "working", "gradient", "exp_avg" or "exp_avg_sq"."""
+    def start_reduction(self, block: int) -> None:
+        """The gradients of `block` (-1: of what is in none) are complete. Once per block and step, in the same order
+        on every rank."""
+    def step(
+        self,
+        groups: list[dict[str, Any]],  # numbers only; ignored where the caller updates masters
+        make_hessian: Callable[[], Any],  # an object with begin_block(block) and multiply(v, product)
+        update_masters: Callable[[], None],
+    ) -> StepResult: ...
+    def quantization_error(self) -> dict[str, float]: ...
+    def quantized_sizes(self) -> dict[str, dict[str, int]]: ...
+    def memory_bytes(self) -> dict[str, int]: ...
+    def timings(self) -> dict[str, float]: ...
 
 def fake_quantize(
     array: npt.NDArray[np.float32],

@@ -13,3 +13,7 @@ class ArgumentsError(InputError):
 
 class DataError(InputError):
     """A data, model or tokenizer file cannot be used as it is."""
+
+
+class UsageError(InputError, RuntimeError):
+    """The engine was called in an order, or with an object, that it cannot work with."""

@@ -1,0 +1,160 @@
+"""Gradients on their way from torch's backward pass into the engine's flat f32 buffer."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+
+from bitfall.bridge.layout import NO_BLOCK
+from bitfall.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from bitfall.bridge.layout import Trained
+
+OUTSIDE_OF_BACKWARD = (
+    "a backward pass reached '{name}' outside of engine.backward(): call engine.backward(loss)"
+    " instead of loss.backward(), which knows nothing of loss scale and accumulation"
+)
+DROPPED = (
+    "the gradient of '{name}' was taken out of the engine's memory between backward and step"
+    " (zero_grad(set_to_none=True), or an assignment to .grad): leave .grad alone, engine.step()"
+    " clears it; engine.zero_grad() throws accumulated gradients away"
+)
+TOO_LATE = (
+    "a second backward pass changes '{name}', whose mean over ranks has begun: with several ranks"
+    " call engine.step() after each backward(), or add the losses and call backward() once"
+)
+
+
+class Gradients:
+    """Sums gradients in f32 slices, and reports each block when nothing more is to come.
+
+    A parameter's .grad is the slice itself where it is f32 and a gradient came, so that torch adds
+    in place; in 16 bits, where torch demands .grad of the parameter's own dtype, it is None after
+    every backward pass.
+    """
+
+    def __init__(
+        self,
+        trained: Sequence[Trained],
+        slices: Sequence[torch.Tensor],
+        start_reduction: Callable[[int], None],
+        overlap: bool,
+    ) -> None:
+        """`start_reduction(block)` is called once per block and step, from the last block to
+        NO_BLOCK, in `overlap` already during the backward pass that closes an accumulation."""
+        self._trained = trained
+        self._slices = slices
+        self._start_reduction = start_reduction
+        self._overlap = overlap
+        self._filled = [False] * len(trained)
+        self._reduction_order = [
+            *sorted({t.block for t in trained if t.block != NO_BLOCK}, reverse=True),
+            NO_BLOCK,
+        ]
+        self._in_backward = False
+        self._closes_accumulation = False
+        self._reset_counters()
+        self._hooks = [
+            entry.parameter.register_post_accumulate_grad_hook(
+                functools.partial(self._receive, index)
+            )
+            for index, entry in enumerate(trained)
+        ]
+
+    @property
+    def any_filled(self) -> bool:
+        """True if a gradient came since the last clear()."""
+        return any(self._filled)
+
+    @contextlib.contextmanager
+    def backward(self, closes_accumulation: bool) -> Iterator[None]:
+        """Gradients are accepted in here; `closes_accumulation`: the step follows."""
+        self._in_backward = True
+        self._closes_accumulation = closes_accumulation
+        try:
+            yield
+        finally:
+            self._in_backward = False
+
+    def finish(self) -> None:
+        """All gradients are in: zeros where none came, and every reduction has begun."""
+        for index, entry in enumerate(self._trained):
+            self._check_in_place(index, entry)
+            if not self._filled[index]:
+                self._slices[index].zero_()
+        while self._next_reduction < len(self._reduction_order):
+            self._reduce_next()
+
+    def clear(self) -> None:
+        """Forgets all gradients."""
+        for index, entry in enumerate(self._trained):
+            entry.parameter.grad = None
+            self._filled[index] = False
+        self._reset_counters()
+
+    def remove(self) -> None:
+        """Takes the hooks off the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _reset_counters(self) -> None:
+        self._next_reduction = 0
+        self._missing: dict[int, set[int]] = {block: set() for block in self._reduction_order}
+        for index, entry in enumerate(self._trained):
+            self._missing[entry.block].add(index)
+
+    def _check_in_place(self, index: int, entry: Trained) -> None:
+        gradient = entry.parameter.grad
+        expected = self._slices[index] if self._stays(entry) and self._filled[index] else None
+        if gradient is not expected and (
+            gradient is None or expected is None or gradient.data_ptr() != expected.data_ptr()
+        ):
+            raise UsageError(DROPPED.format(name=entry.name))
+
+    @staticmethod
+    def _stays(entry: Trained) -> bool:
+        return entry.parameter.dtype == torch.float32
+
+    @torch.no_grad()
+    def _receive(self, index: int, parameter: torch.nn.Parameter) -> None:
+        """Called by torch when a backward pass has put its gradient into parameter.grad."""
+        entry, target, gradient = self._trained[index], self._slices[index], parameter.grad
+        if not self._in_backward:
+            parameter.grad = None
+            raise UsageError(OUTSIDE_OF_BACKWARD.format(name=entry.name))
+        if gradient is None:
+            return
+        if entry.block in self._reduction_order[: self._next_reduction]:
+            raise UsageError(TOO_LATE.format(name=entry.name))
+        if gradient.layout != torch.strided:
+            gradient = gradient.to_dense()
+        stays = self._stays(entry)
+        if not self._filled[index]:
+            target.copy_(gradient)
+            self._filled[index] = True
+        elif not stays:
+            target.add_(gradient)
+        elif gradient.data_ptr() != target.data_ptr():
+            raise UsageError(DROPPED.format(name=entry.name))
+        parameter.grad = target if stays else None
+        if self._overlap and self._closes_accumulation:
+            self._complete(index, entry.block)
+
+    def _complete(self, index: int, block: int) -> None:
+        """Nothing more comes for this parameter; starts what can start, in order."""
+        self._missing[block].discard(index)
+        while (
+            self._next_reduction < len(self._reduction_order)
+            and not self._missing[self._reduction_order[self._next_reduction]]
+        ):
+            self._reduce_next()
+
+    def _reduce_next(self) -> None:
+        self._start_reduction(self._reduction_order[self._next_reduction])
+        self._next_reduction += 1
