@@ -3,7 +3,8 @@
 function(bitfall_target target)
   target_compile_features(${target} PUBLIC cxx_std_20)
   target_include_directories(${target} PUBLIC ${PROJECT_SOURCE_DIR})
-  target_compile_options(${target} PRIVATE -Wall -Wextra -Wpedantic -Werror ${BITFALL_WARNING_EXCEPTIONS})
+  target_compile_options(${target} PRIVATE
+    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wpedantic -Werror ${BITFALL_WARNING_EXCEPTIONS}>)
   set_target_properties(${target} PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_EXTENSIONS OFF)
 endfunction()
 
@@ -15,6 +16,9 @@ function(bitfall_test name)
   target_link_libraries(${name} PRIVATE ${arg_LIBRARIES} GTest::gtest GTest::gmock GTest::gtest_main)
   add_test(NAME ${name} COMMAND ${name})
   # An impossible allocation is an error that tests ask for, not one that a sanitizer should end.
-  set_tests_properties(${name} PROPERTIES LABELS ${arg_LABEL} TIMEOUT 600
-                       ENVIRONMENT ASAN_OPTIONS=allocator_may_return_null=1)
+  set(environment ASAN_OPTIONS=allocator_may_return_null=1)
+  if(TARGET bitfall_cuda)
+    list(APPEND environment BITFALL_CUDA_LIBRARY=$<TARGET_FILE:bitfall_cuda>)
+  endif()
+  set_tests_properties(${name} PROPERTIES LABELS ${arg_LABEL} TIMEOUT 600 ENVIRONMENT "${environment}")
 endfunction()

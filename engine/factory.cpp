@@ -1,10 +1,13 @@
 #include "engine/factory.h"
 
 #include <cstdlib>
+#include <iostream>
+#include <string_view>
 
 #include "core/error.h"
 #include "csrc_cpu/cpu_backend.h"
 #include "csrc_cpu/cpu_isa.h"
+#include "engine/cuda_library.h"
 #include "engine/encoder.h"
 #include "engine/model_files.h"
 #ifdef BITFALL_WITH_MPI
@@ -13,9 +16,60 @@
 
 namespace bitfall {
 
-std::unique_ptr<Backend> make_backend(const std::string& name) {
-  check<BackendError>(name == "cpu", "backend '", name, "': this build has only 'cpu'");
-  return std::make_unique<CpuBackend>();
+namespace {
+
+constexpr const char* kShareVariable = "BITFALL_SHARE_GPU";
+
+/// The number of the GPU for this process.
+int gpu_of(int local_rank, std::size_t count) {
+  const char* share = std::getenv(kShareVariable);
+  if (share != nullptr && std::string_view(share) == "1")
+    return local_rank % static_cast<int>(count);
+  check<BackendError>(static_cast<std::size_t>(local_rank) < count, "process ", local_rank,
+                      " (from 0) of this machine has no GPU: ", count,
+                      " are visible, and each process needs its own. Start at most ", count,
+                      " per machine, or set ", kShareVariable,
+                      "=1 to let processes share a GPU (slower: gradients then travel through "
+                      "host memory)");
+  return local_rank;
+}
+
+/// `communicator`, or the one between the GPUs that belongs to `backend`.
+Communicator& connect(Backend& backend, Communicator& communicator) {
+  if (backend.device() == Device::cpu || communicator.world_size() == 1) return communicator;
+  std::string notice;
+  Communicator& connected = cuda_library().plugin->connect(backend, communicator, notice);
+  if (!notice.empty() && communicator.rank() == 0)
+    std::cerr << concat("bitfall: ", notice, "\n") << std::flush;
+  return connected;
+}
+
+std::string describe(const CudaDevice& device) {
+  return concat(device.name, " (compute capability ", device.compute_major, ".",
+                device.compute_minor, ", ", device.total_bytes >> 30, " GiB)");
+}
+
+}  // namespace
+
+std::unique_ptr<Backend> make_backend(const std::string& name, int local_rank) {
+  if (name == "cpu") return std::make_unique<CpuBackend>();
+  check<BackendError>(name == "cuda", "backend '", name, "': expected 'cpu' or 'cuda'");
+  const CudaLibrary& cuda = cuda_library();
+  check<BackendError>(cuda.problem.empty(), "device cuda: ", cuda.problem);
+  return cuda.plugin->make_backend(gpu_of(local_rank, cuda.devices.size()));
+}
+
+DeviceChoice choose_device(const std::string& wanted) {
+  check<ConfigError>(wanted == "auto" || wanted == "cpu" || wanted == "cuda", "device '", wanted,
+                     "': expected 'auto', 'cpu' or 'cuda'");
+  if (wanted == "cpu") return {"cpu", "as asked for"};
+  const CudaLibrary& cuda = cuda_library();
+  if (cuda.problem.empty()) {
+    return {"cuda", concat(cuda.devices.size(), cuda.devices.size() == 1 ? " GPU: " : " GPUs: ",
+                           describe(cuda.devices.front()))};
+  }
+  check<BackendError>(wanted == "auto", "device cuda: ", cuda.problem);
+  return {"cpu", cuda.problem};
 }
 
 std::string cpu_isa() { return std::string(name(choose_isa())); }
@@ -37,15 +91,17 @@ std::unique_ptr<Communicator> make_communicator() {
 }
 
 std::unique_ptr<Engine> make_engine(const std::filesystem::path& model_dir, const HeadConfig& head,
-                                    const CompletedConfig& config, Communicator& communicator) {
+                                    const CompletedConfig& config, Communicator& communicator,
+                                    const std::string& device) {
   const EncoderConfig encoder =
       parse_encoder_config(read_model_config(model_dir), (model_dir / "config.json").string());
-  std::unique_ptr<Backend> backend = make_backend("cpu");
+  std::unique_ptr<Backend> backend = make_backend(device, communicator.local_rank());
+  Communicator& connected = connect(*backend, communicator);
   auto model = std::make_unique<Encoder>(*backend, encoder, head);
-  const auto load = [&](Backend& device, const ParameterStore& store) {
-    load_model_weights(model_dir, encoder.initializer_range, config.config.seed, device, store);
+  const auto load = [&](Backend& target, const ParameterStore& store) {
+    load_model_weights(model_dir, encoder.initializer_range, config.config.seed, target, store);
   };
-  return std::make_unique<Engine>(std::move(backend), std::move(model), communicator, config, load);
+  return std::make_unique<Engine>(std::move(backend), std::move(model), connected, config, load);
 }
 
 }  // namespace bitfall

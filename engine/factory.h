@@ -13,8 +13,21 @@
 
 namespace bitfall {
 
-/// "cpu". Throws BackendError that lists the names for anything else.
-std::unique_ptr<Backend> make_backend(const std::string& name);
+/// "cpu", or "cuda" for the GPU whose number is `local_rank` (the rank among the processes of this
+/// machine). With the environment variable BITFALL_SHARE_GPU=1, ranks may outnumber the GPUs.
+///
+/// Throws BackendError that lists the names for anything else, or says why there is no GPU for this
+/// process and what to do.
+std::unique_ptr<Backend> make_backend(const std::string& name, int local_rank = 0);
+
+/// What `wanted` ("auto", "cpu" or "cuda") comes to on this machine.
+struct DeviceChoice {
+  std::string device;  ///< "cpu" or "cuda"
+  std::string reason;  ///< what was found, in words
+};
+
+/// Throws ConfigError for another name, BackendError for "cuda" without a usable GPU.
+DeviceChoice choose_device(const std::string& wanted);
 
 /// Instruction set of the CPU kernels ("generic", "avx2", ...), as chosen at run time.
 std::string cpu_isa();
@@ -24,10 +37,12 @@ std::string cpu_isa();
 std::unique_ptr<Communicator> make_communicator();
 
 /// An engine for the BERT in `model_dir` (config.json and weights, as Hugging Face saves them) with
-/// a head on it. `communicator` must outlive the engine.
+/// a head on it, on `device` ("cpu" or "cuda"). `communicator` must outlive the engine.
 ///
-/// Throws ModelFileError for the folder, ConfigError for a head or a config that does not fit.
+/// Throws BackendError if there is no such device, ModelFileError for the folder, ConfigError for a
+/// head or a config that does not fit.
 std::unique_ptr<Engine> make_engine(const std::filesystem::path& model_dir, const HeadConfig& head,
-                                    const CompletedConfig& config, Communicator& communicator);
+                                    const CompletedConfig& config, Communicator& communicator,
+                                    const std::string& device = "cpu");
 
 }  // namespace bitfall

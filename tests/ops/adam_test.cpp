@@ -9,11 +9,6 @@
 namespace bitfall::test {
 namespace {
 
-std::vector<CpuIsa> isas() { return supported_isas(); }
-std::string isa_name(const testing::TestParamInfo<CpuIsa>& info) {
-  return std::string(name(info.param));
-}
-
 /// The optimizer's state over one flat buffer.
 struct State {
   std::vector<double> master, exp_avg, exp_avg_sq;
@@ -49,10 +44,8 @@ AdamStep adam_step(int t) {
 constexpr std::int64_t kNumel = 40007;
 const std::vector<DecayRange> kRanges{{0, 13, 0.0f}, {16, 20000, 0.1f}, {20016, 19991, 0.01f}};
 
-class Adam : public testing::TestWithParam<CpuIsa>, public BackendWorkbench {
+class Adam : public BackendTest {
  protected:
-  Adam() : BackendWorkbench(GetParam()) {}
-
   void expect_matches(AdamStep (*options)(int)) {
     const Tensor master = random(Shape{kNumel}, DType::f32);
     const Tensor exp_avg = zeros(master.shape, DType::f32);
@@ -101,8 +94,8 @@ TEST_P(Adam, LeavesOtherElementsAlone) {
 }
 
 TEST_P(Adam, HasTheSameBitsEverywhere) {
-  const auto run = [](CpuIsa isa, int threads) {
-    BackendWorkbench bench(isa);
+  const auto run = [](const BackendCase& which, int threads) {
+    BackendWorkbench bench(which);
     const Tensor master = bench.random(Shape{kNumel}, DType::f32);
     const Tensor exp_avg = bench.zeros(master.shape, DType::f32);
     const Tensor exp_avg_sq = bench.zeros(master.shape, DType::f32);
@@ -115,7 +108,7 @@ TEST_P(Adam, HasTheSameBitsEverywhere) {
     omp_set_num_threads(before);
     return values(master);
   };
-  EXPECT_EQ(run(GetParam(), 3), run(CpuIsa::generic, 1));
+  EXPECT_EQ(run(GetParam(), 3), run({CpuIsa::generic, DType::f32}, 1));
 }
 
 TEST_P(Adam, RefusesWhatDoesNotFit) {
@@ -131,7 +124,7 @@ TEST_P(Adam, RefusesWhatDoesNotFit) {
   EXPECT_THROW(update({0, 8, 0}, half), UnsupportedError);
 }
 
-INSTANTIATE_TEST_SUITE_P(Cpu, Adam, testing::ValuesIn(isas()), isa_name);
+INSTANTIATE_TEST_SUITE_P(All, Adam, testing::ValuesIn(backend_cases({DType::f32})), case_name);
 
 }  // namespace
 }  // namespace bitfall::test

@@ -151,7 +151,7 @@ TEST_P(LinearTest, RefusesWhatDoesNotFit) {
   const Tensor bias = zeros(Shape{3}, dtype()), flat = zeros(Shape{8}, dtype());
   const Tensor dweight = zeros(Shape{3, 4}, DType::f32);
   const Tensor integers = zeros(Shape{2, 4}, DType::s32);
-  CpuBackend& b = backend();
+  Backend& b = backend();
   EXPECT_THROW(b.linear_forward(bad, weight, bias, y), ShapeError);
   EXPECT_THROW(b.linear_forward(flat, weight, bias, y), ShapeError);
   EXPECT_THROW(b.linear_forward(x, weight, flat, y), ShapeError);

@@ -14,7 +14,8 @@ ALLOWED: dict[str, set[str]] = {
     "eigen_sched": {"core"},
     "quantizer": {"core", "eigen_sched"},
     "csrc_cpu": {"core"},
-    "engine": {"core", "quantizer", "eigen_sched", "csrc_cpu"},
+    "csrc_cuda": {"core"},
+    "engine": {"core", "quantizer", "eigen_sched", "csrc_cpu", "csrc_cuda"},
     "python": {"core", "quantizer", "eigen_sched", "engine"},
 }
 # Plain headers on core alone: arithmetic with one definition, shared by the kernels of every
@@ -28,6 +29,9 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "dnnl": ("csrc_cpu/",),
     "mpi.h": ("csrc_cpu/",),
     "omp.h": ("csrc_cpu/",),
+    "cu": ("csrc_cuda/",),  # cuda_runtime.h, cublasLt.h, ...
+    "nccl.h": ("csrc_cuda/",),
+    "mma.h": ("csrc_cuda/",),
 }
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
 

@@ -19,13 +19,14 @@ FOLDERS = (
     "quantizer",
     "eigen_sched",
     "csrc_cpu",
+    "csrc_cuda",
     "engine",
     "python",
     "scripts",
     "tests",
     "benchmarks",
 )
-CPP_SUFFIXES = {".h", ".cpp"}
+CPP_SUFFIXES = {".h", ".cpp", ".cu", ".cuh"}
 # A statement at namespace or class level that opens no function body.
 NOT_A_FUNCTION = re.compile(
     r"^\s*(namespace|class|struct|enum|union|extern|typedef|using|#|//|\}|public:|private:)"

@@ -1,0 +1,200 @@
+// The optimizer's update and the vector operations over flat f32 buffers.
+//
+// Compiled without fused multiply-add (see CMakeLists.txt), and every statement is that of
+// csrc_cpu/kernels/adam.cpp: update and axpby give the CPU's bits.
+#include <algorithm>
+
+#include "core/checks.h"
+#include "core/operation_checks.h"
+#include "csrc_cuda/cuda_backend.h"
+#include "csrc_cuda/element.cuh"
+#include "csrc_cuda/reduce.cuh"
+
+namespace bitfall {
+namespace {
+
+constexpr std::int64_t kMostParts = 1024;  ///< partial sums of a dot product
+
+/// parts[b] = sum of x[i] * y[i] over the elements of block b, in f64.
+__global__ void dot_parts_kernel(const float* x, const float* y, std::int64_t numel,
+                                 double* parts) {
+  __shared__ double shared[kBlockThreads / kWarpThreads];
+  double sum = 0;
+  for (std::int64_t i = 8 * grid_thread(); i < numel; i += 8 * grid_threads()) {
+    const Eight a = load_eight(x, i, 0, numel), b = load_eight(y, i, 0, numel);
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      sum += static_cast<double>(a.value[j]) * static_cast<double>(b.value[j]);
+  }
+  const double total = block_sum(sum, shared);
+  if (threadIdx.x == 0) parts[blockIdx.x] = total;
+}
+
+/// total = sum of the parts, by one block.
+__global__ void add_parts_kernel(const double* parts, int count, double* total) {
+  __shared__ double shared[kBlockThreads / kWarpThreads];
+  double sum = 0;
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kBlockThreads) sum += parts[i];
+  sum = block_sum(sum, shared);
+  if (threadIdx.x == 0) *total = sum;
+}
+
+__global__ void axpby_kernel(float alpha, const float* x, float beta, float* y,
+                             std::int64_t numel) {
+  for (std::int64_t i = 8 * grid_thread(); i < numel; i += 8 * grid_threads()) {
+    Eight result = load_eight(x, i, 0, numel);
+    if (beta == 0.0f) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) result.value[j] = alpha * result.value[j];
+    } else {
+      const Eight old = load_eight(y, i, 0, numel);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) result.value[j] = alpha * result.value[j] + beta * old.value[j];
+    }
+    store_eight(y, i, 0, numel, result);
+  }
+}
+
+/// Elements that one block updates, counted from a multiple of eight.
+constexpr std::int64_t kBlockElements = 8 * kBlockThreads;
+
+/// As many ranges as one launch takes: kernel arguments have 4 KB.
+struct RangeList {
+  static constexpr int kMost = 96;
+  int count = 0;
+  struct Entry {
+    std::int64_t begin, end;
+    std::int64_t first_block;  ///< of the grid
+    float weight_decay;
+  } entry[kMost];
+};
+
+struct AdamPointers {
+  const float* gradient;
+  float *master, *exp_avg, *exp_avg_sq;
+};
+
+/// The last entry whose first block is not behind `block`.
+__device__ inline const RangeList::Entry& entry_of(const RangeList& ranges, std::int64_t block) {
+  int low = 0, high = ranges.count - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (ranges.entry[middle].first_block <= block) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return ranges.entry[low];
+}
+
+struct AdamElement {
+  float master, exp_avg, exp_avg_sq;
+};
+
+/// One element of the update, statement by statement as in csrc_cpu/kernels/adam.cpp.
+__device__ inline AdamElement updated(const AdamStep& step, float weight_decay, float gradient,
+                                      const AdamElement& old) {
+  const float weight = old.master;
+  float g = gradient * step.gradient_multiplier;
+  if (!step.adam_w_mode) g += weight_decay * weight;
+  const float m = step.beta1 * old.exp_avg + (1.0f - step.beta1) * g;
+  const float v = step.beta2 * old.exp_avg_sq + (1.0f - step.beta2) * g * g;
+  const float denominator = sqrtf(v / step.bias_correction2) + step.epsilon;
+  float change = (m / step.bias_correction1) / denominator;
+  if (step.adam_w_mode) change += weight_decay * weight;
+  return {weight - step.learning_rate * change, m, v};
+}
+
+__global__ void adam_kernel(AdamStep step, RangeList ranges, AdamPointers data) {
+  const RangeList::Entry& range = entry_of(ranges, blockIdx.x);
+  // Blocks begin at multiples of eight elements of the buffer, where 16-byte accesses are possible.
+  const std::int64_t aligned = range.begin / 8 * 8;
+  const std::int64_t first =
+      aligned + (blockIdx.x - range.first_block) * kBlockElements + 8 * threadIdx.x;
+  if (first >= range.end) return;
+  const Eight gradient = load_eight(data.gradient, first, range.begin, range.end);
+  Eight master = load_eight(data.master, first, range.begin, range.end);
+  Eight exp_avg = load_eight(data.exp_avg, first, range.begin, range.end);
+  Eight exp_avg_sq = load_eight(data.exp_avg_sq, first, range.begin, range.end);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const AdamElement element = updated(step, range.weight_decay, gradient.value[j],
+                                        {master.value[j], exp_avg.value[j], exp_avg_sq.value[j]});
+    master.value[j] = element.master;
+    exp_avg.value[j] = element.exp_avg;
+    exp_avg_sq.value[j] = element.exp_avg_sq;
+  }
+  store_eight(data.master, first, range.begin, range.end, master);
+  store_eight(data.exp_avg, first, range.begin, range.end, exp_avg);
+  store_eight(data.exp_avg_sq, first, range.begin, range.end, exp_avg_sq);
+}
+
+/// The next ranges of `rest` that fit one launch, which are taken off it, and the blocks they need.
+RangeList take_ranges(std::span<const DecayRange>& rest, std::int64_t& blocks) {
+  RangeList list;
+  blocks = 0;
+  while (!rest.empty() && list.count < RangeList::kMost) {
+    const DecayRange& range = rest.front();
+    rest = rest.subspan(1);
+    if (range.numel == 0) continue;
+    const std::int64_t end = range.begin + range.numel;
+    list.entry[list.count++] = {range.begin, end, blocks, range.weight_decay};
+    blocks += (end - range.begin / 8 * 8 + kBlockElements - 1) / kBlockElements;
+  }
+  return list;
+}
+
+}  // namespace
+
+double CudaBackend::squared_sum(const Tensor& x) { return dot(x, x); }
+
+double CudaBackend::dot(const Tensor& x, const Tensor& y) {
+  check_vector("dot", "x", x, x.numel());
+  check_vector("dot", "y", y, x.numel());
+  const std::int64_t numel = x.numel();
+  // The number of parts depends on the size alone, so that the sum is reproducible.
+  const std::int64_t parts =
+      std::clamp<std::int64_t>((numel + kBlockElements - 1) / kBlockElements, 1, kMostParts);
+  auto* const sums = static_cast<double*>(scratch((kMostParts + 1) * sizeof(double)));
+  const cudaStream_t stream = this->stream();
+  dot_parts_kernel<<<static_cast<unsigned>(parts), kBlockThreads, 0, stream>>>(
+      device_data<const float>(x), device_data<const float>(y), numel, sums);
+  check_launch("dot");
+  add_parts_kernel<<<1, kBlockThreads, 0, stream>>>(sums, static_cast<int>(parts),
+                                                    sums + kMostParts);
+  check_launch("dot");
+  double total = 0;
+  cuda_check(
+      cudaMemcpyAsync(&total, sums + kMostParts, sizeof(total), cudaMemcpyDeviceToHost, stream),
+      "cudaMemcpyAsync");
+  cuda_check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  return total;
+}
+
+void CudaBackend::axpby(float alpha, const Tensor& x, float beta, const Tensor& y) {
+  check_vector("axpby", "x", x, x.numel());
+  check_vector("axpby", "y", y, x.numel());
+  if (x.numel() == 0) return;
+  axpby_kernel<<<blocks_for((x.numel() + 7) / 8), kBlockThreads, 0, stream()>>>(
+      alpha, device_data<const float>(x), beta, device_data<float>(y), x.numel());
+  check_launch("axpby");
+}
+
+void CudaBackend::adam_update(const AdamStep& step, std::span<const DecayRange> ranges,
+                              const Tensor& gradient, const Tensor& master, const Tensor& exp_avg,
+                              const Tensor& exp_avg_sq) {
+  check_adam(ranges, gradient, master, exp_avg, exp_avg_sq);
+  const AdamPointers data{device_data<const float>(gradient), device_data<float>(master),
+                          device_data<float>(exp_avg), device_data<float>(exp_avg_sq)};
+  const cudaStream_t stream = this->stream();
+  while (!ranges.empty()) {
+    std::int64_t blocks = 0;
+    const RangeList list = take_ranges(ranges, blocks);
+    if (blocks == 0) return;
+    adam_kernel<<<static_cast<unsigned>(blocks), kBlockThreads, 0, stream>>>(step, list, data);
+    check_launch("adam_update");
+  }
+}
+
+}  // namespace bitfall

@@ -1,0 +1,185 @@
+// Attention on packed sequences: tensor cores (attention_tiles*.cuh) where dtype and head size
+// allow, a warp per row (attention_rows.cuh) otherwise.
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "core/checks.h"
+#include "core/operation_checks.h"
+#include "csrc_cuda/attention_rows.cuh"
+#include "csrc_cuda/attention_tiles_backward.cuh"
+#include "csrc_cuda/attention_tiles_forward.cuh"
+#include "csrc_cuda/cuda_backend.h"
+
+namespace bitfall {
+namespace {
+
+constexpr std::int64_t kMostHeads = 65535;        ///< blocks along the second axis of a grid
+constexpr std::int64_t kSharedBytes = 48 * 1024;  ///< what every GPU gives a block unasked
+
+/// A launch over parts of sequences (or tokens) and heads.
+struct Launch {
+  const char* operation;
+  dim3 grid, block;
+  std::size_t shared_bytes;
+  cudaStream_t stream;
+};
+
+template <typename... Arguments>
+void run(const Launch& launch, void (*kernel)(Arguments...), Arguments... arguments) {
+  if (launch.shared_bytes > static_cast<std::size_t>(kSharedBytes)) {
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(launch.shared_bytes)),
+               "cudaFuncSetAttribute");
+  }
+  kernel<<<launch.grid, launch.block, launch.shared_bytes, launch.stream>>>(arguments...);
+  check_launch(launch.operation);
+}
+
+AttentionProblem make_problem(const char* operation, const AttentionShape& shape, const Tensor& qkv,
+                              const Tensor& sequence_starts, const Tensor& sample_keys,
+                              const Dropout& dropout) {
+  AttentionProblem problem{};
+  problem.starts = device_data<const std::int32_t>(sequence_starts);
+  problem.sample_keys = device_data<const std::int32_t>(sample_keys);
+  problem.tokens = qkv.shape[0];
+  problem.sequences = sequence_starts.numel() - 1;
+  problem.heads = shape.num_attention_heads;
+  problem.head_size = shape.head_size;
+  problem.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_size));
+  problem.dropout = dropout;
+  check<ShapeError>(problem.sequences > 0 || problem.tokens == 0, operation, ": ", problem.tokens,
+                    " tokens in no sequence: sequence_starts has one entry");
+  check<UnsupportedError>(problem.heads <= kMostHeads && problem.tokens <= INT32_MAX, operation,
+                          " on cuda: ", problem.heads, " heads and ", problem.tokens,
+                          " tokens, expected at most ", kMostHeads, " and ", INT32_MAX,
+                          ": use smaller micro-batches");
+  return problem;
+}
+
+/// Blocks of `warps` warps of attention_rows, one part of `warps` rows each.
+Launch rows_launch(const char* operation, const AttentionProblem& problem, cudaStream_t stream) {
+  namespace rows = attention_rows;
+  const std::int64_t warp_bytes =
+      (rows::kVectors * problem.head_size + rows::kLaneNumbers * kWarpThreads) * 4;
+  const std::int64_t warps = std::min<std::int64_t>(rows::kMostWarps, kSharedBytes / warp_bytes);
+  check<UnsupportedError>(warps > 0, operation, " on cuda: head_size ", problem.head_size,
+                          " needs more than ", kSharedBytes,
+                          " bytes of shared memory: use a smaller one, or the cpu");
+  return {operation,
+          dim3(static_cast<unsigned>(sequence_parts(problem, warps)),
+               static_cast<unsigned>(problem.heads)),
+          dim3(kWarpThreads, static_cast<unsigned>(warps)),
+          static_cast<std::size_t>(warps * warp_bytes), stream};
+}
+
+Launch tiles_launch(const char* operation, const AttentionProblem& problem, int shared_bytes,
+                    cudaStream_t stream) {
+  return {operation,
+          dim3(static_cast<unsigned>(sequence_parts(problem, attention_tiles::kRows)),
+               static_cast<unsigned>(problem.heads)),
+          dim3(attention_tiles::kThreads), static_cast<std::size_t>(shared_bytes), stream};
+}
+
+template <typename T, int kDepth>
+void tiles_forward(const AttentionProblem& problem, const AttentionForward<T>& data,
+                   cudaStream_t stream) {
+  namespace tiles = attention_tiles;
+  run(tiles_launch("attention_forward", problem, tiles::kForwardBytes<T, kDepth>, stream),
+      tiles::forward_kernel<T, kDepth>, problem, data);
+}
+
+template <typename T, int kDepth>
+void tiles_backward(const AttentionProblem& problem, const AttentionBackward<T>& data,
+                    cudaStream_t stream) {
+  namespace tiles = attention_tiles;
+  const Launch launch =
+      tiles_launch("attention_backward", problem, tiles::kBackwardBytes<T, kDepth>, stream);
+  run(launch, tiles::key_gradient_kernel<T, kDepth>, problem, data);
+  run(launch, tiles::query_gradient_kernel<T, kDepth>, problem, data);
+}
+
+/// Calls `tiles` with the depth that holds head_size, or `rows` where tensor cores do not fit.
+template <typename T, typename Tiles, typename Rows>
+void choose(const AttentionProblem& problem, const Tiles& tiles, const Rows& rows) {
+  if constexpr (!std::is_same_v<T, float>) {
+    if (problem.head_size <= 32) return tiles(std::integral_constant<int, 32>{});
+    if (problem.head_size <= 64) return tiles(std::integral_constant<int, 64>{});
+    if (problem.head_size <= 128) return tiles(std::integral_constant<int, 128>{});
+  }
+  rows();
+}
+
+template <typename T>
+void forward(const AttentionProblem& problem, const AttentionForward<T>& data,
+             cudaStream_t stream) {
+  choose<T>(
+      problem, [&](auto depth) { tiles_forward<T, decltype(depth)::value>(problem, data, stream); },
+      [&] {
+        run(rows_launch("attention_forward", problem, stream), attention_rows::forward_kernel<T>,
+            problem, data);
+      });
+}
+
+template <typename T>
+void backward(const AttentionProblem& problem, const T* out, float* delta,
+              const AttentionBackward<T>& data, cudaStream_t stream) {
+  namespace rows = attention_rows;
+  Launch per_token{
+      "attention_backward",
+      dim3(static_cast<unsigned>((problem.tokens + rows::kMostWarps - 1) / rows::kMostWarps),
+           static_cast<unsigned>(problem.heads)),
+      dim3(kWarpThreads, rows::kMostWarps), 0, stream};
+  run(per_token, rows::delta_kernel<T>, problem, data.dout, out, delta);
+  choose<T>(
+      problem,
+      [&](auto depth) { tiles_backward<T, decltype(depth)::value>(problem, data, stream); },
+      [&] {
+        const Launch launch = rows_launch("attention_backward", problem, stream);
+        run(launch, rows::query_gradient_kernel<T>, problem, data);
+        run(launch, rows::key_gradient_kernel<T>, problem, data);
+      });
+}
+
+}  // namespace
+
+void CudaBackend::attention_forward(const AttentionShape& shape, const Tensor& qkv,
+                                    const Tensor& sequence_starts, const Tensor& sample_keys,
+                                    const Dropout& dropout, const Tensor& out,
+                                    const Tensor& log_sum_exp) {
+  constexpr const char* kName = "attention_forward";
+  check_attention(kName, shape, qkv, sequence_starts, sample_keys, dropout, out, log_sum_exp);
+  const AttentionProblem problem =
+      make_problem(kName, shape, qkv, sequence_starts, sample_keys, dropout);
+  if (problem.tokens == 0) return;
+  visit_dtype(qkv.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    forward<T>(problem,
+               {device_data<const T>(qkv), device_data<T>(out), device_data<float>(log_sum_exp)},
+               stream());
+  });
+}
+
+void CudaBackend::attention_backward(const AttentionShape& shape, const Tensor& dout,
+                                     const Tensor& qkv, const Tensor& out,
+                                     const Tensor& log_sum_exp, const Tensor& sequence_starts,
+                                     const Tensor& sample_keys, const Dropout& dropout,
+                                     const Tensor& dqkv) {
+  constexpr const char* kName = "attention_backward";
+  check_attention(kName, shape, qkv, sequence_starts, sample_keys, dropout, out, log_sum_exp);
+  check_tensor(kName, "dout", dout, qkv.dtype, out.shape);
+  check_tensor(kName, "dqkv", dqkv, qkv.dtype, qkv.shape);
+  const AttentionProblem problem =
+      make_problem(kName, shape, qkv, sequence_starts, sample_keys, dropout);
+  if (problem.tokens == 0) return;
+  auto* const delta = static_cast<float*>(scratch(log_sum_exp.bytes()));
+  visit_dtype(qkv.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    backward<T>(problem, device_data<const T>(out), delta,
+                {device_data<const T>(qkv), device_data<const T>(dout),
+                 device_data<const float>(log_sum_exp), delta, device_data<T>(dqkv)},
+                stream());
+  });
+}
+
+}  // namespace bitfall

@@ -1,0 +1,112 @@
+#include "csrc_cuda/cuda_backend.h"
+
+#include <cstring>
+
+#include "csrc_cuda/matmul_plans.h"
+
+namespace bitfall {
+namespace {
+
+CudaStream make_stream(int device_index) {
+  cuda_check(cudaSetDevice(device_index), "cudaSetDevice");
+  cudaStream_t stream = nullptr;
+  // Work of others on the default stream must not wait for ours, nor ours for theirs.
+  cuda_check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking),
+             "cudaStreamCreateWithFlags");
+  return CudaStream(stream);
+}
+
+/// Free and total bytes of the GPU for a message; zeros if CUDA does not say.
+struct MemoryInfo {
+  std::size_t free_bytes = 0, total_bytes = 0;
+
+  MemoryInfo() {
+    if (cudaMemGetInfo(&free_bytes, &total_bytes) != cudaSuccess) free_bytes = total_bytes = 0;
+  }
+};
+
+cudaMemcpyKind copy_kind(Device source, Device destination) {
+  if (source == Device::cpu) return cudaMemcpyHostToDevice;
+  return destination == Device::cpu ? cudaMemcpyDeviceToHost : cudaMemcpyDeviceToDevice;
+}
+
+}  // namespace
+
+CudaBackend::CudaBackend(int device_index)
+    : device_index_(device_index),
+      stream_(make_stream(device_index)),
+      matmul_(std::make_unique<MatmulPlans>()) {}
+
+CudaBackend::~CudaBackend() = default;
+
+cudaStream_t CudaBackend::stream() const {
+  // The current GPU belongs to a thread, and Python may call from any.
+  cuda_check(cudaSetDevice(device_index_), "cudaSetDevice");
+  return stream_.get();
+}
+
+Buffer CudaBackend::allocate(std::size_t bytes) {
+  const cudaStream_t stream = this->stream();
+  void* memory = nullptr;
+  if (bytes > 0) {
+    const cudaError_t code = cudaMalloc(&memory, bytes);
+    if (code == cudaErrorMemoryAllocation) {
+      cudaGetLastError();  // an allocation that failed leaves the GPU usable
+      const MemoryInfo info;
+      throw BackendError(concat("allocation of ", bytes, " bytes on GPU ", device_index_,
+                                " failed: ", info.free_bytes, " of ", info.total_bytes,
+                                " bytes are free. Lower --per_device_train_batch_size (raise "
+                                "--gradient_accumulation_steps to keep the result) or "
+                                "--max_seq_length, or end other programs on this GPU"));
+    }
+    cuda_check(code, "cudaMalloc");
+  }
+  // cudaFree waits for kernels that still use the memory.
+  std::shared_ptr<void> owner(memory, [](void* owned) { cudaFree(owned); });
+  if (bytes > 0) cuda_check(cudaMemsetAsync(memory, 0, bytes, stream), "cudaMemsetAsync");
+  return {std::move(owner), bytes, Device::cuda};
+}
+
+void CudaBackend::copy(const Tensor& source, const Tensor& destination) {
+  check<ShapeError>(source.numel() == destination.numel(), "copy: source has ", source.numel(),
+                    " elements, destination ", destination.numel());
+  check<UnsupportedError>(source.dtype == destination.dtype, "copy: source is ", name(source.dtype),
+                          ", destination ", name(destination.dtype), "; cast converts");
+  if (source.bytes() == 0) return;
+  if (source.device == Device::cpu && destination.device == Device::cpu) {
+    std::memmove(destination.data, source.data, source.bytes());
+    return;
+  }
+  const cudaStream_t stream = this->stream();
+  // From pageable host memory the call returns when the source has been read.
+  cuda_check(cudaMemcpyAsync(destination.data, source.data, source.bytes(),
+                             copy_kind(source.device, destination.device), stream),
+             "cudaMemcpyAsync");
+  if (destination.device == Device::cpu)
+    cuda_check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+}
+
+void CudaBackend::synchronize() {
+  cuda_check(cudaStreamSynchronize(stream()), "cudaStreamSynchronize");
+}
+
+void CudaBackend::fill_zero(const Tensor& destination) {
+  if (destination.bytes() == 0) return;
+  cuda_check(cudaMemsetAsync(device_data<void>(destination), 0, destination.bytes(), stream()),
+             "cudaMemsetAsync");
+}
+
+Communicator& CudaBackend::adopt(std::unique_ptr<Communicator> communicator) {
+  communicator_ = std::move(communicator);
+  return *communicator_;
+}
+
+void* CudaBackend::scratch(std::size_t bytes) {
+  if (scratch_.bytes() < bytes) {
+    scratch_ = Buffer();  // first give the old memory back
+    scratch_ = allocate(bytes);
+  }
+  return scratch_.memory().get();
+}
+
+}  // namespace bitfall

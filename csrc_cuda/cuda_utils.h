@@ -1,0 +1,56 @@
+// Errors of CUDA and cuBLASLt as exceptions, and owners of their handles.
+#pragma once
+
+#include <cublasLt.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+#include "core/error.h"
+#include "core/tensor.h"
+
+namespace bitfall {
+
+/// Throws BackendError that names `call` unless `code` is cudaSuccess.
+inline void cuda_check(cudaError_t code, const char* call) {
+  check<BackendError>(code == cudaSuccess, call, " failed on the GPU: ", cudaGetErrorName(code),
+                      " (", cudaGetErrorString(code), ")");
+}
+
+/// The same for the kernel that was just launched by `operation`.
+inline void check_launch(const char* operation) { cuda_check(cudaGetLastError(), operation); }
+
+/// Throws BackendError that names `call` unless `code` is CUBLAS_STATUS_SUCCESS.
+inline void cublas_check(cublasStatus_t code, const char* call) {
+  check<BackendError>(code == CUBLAS_STATUS_SUCCESS, call,
+                      " failed on the GPU: ", cublasLtGetStatusName(code), " (",
+                      cublasLtGetStatusString(code), ")");
+}
+
+/// Owns a handle of a C library; `destroy` must not throw.
+template <auto destroy>
+struct HandleDeleter {
+  template <typename Handle>
+  void operator()(Handle* handle) const {
+    destroy(handle);
+  }
+};
+template <typename Handle, auto destroy>
+using OwnedHandle = std::unique_ptr<std::remove_pointer_t<Handle>, HandleDeleter<destroy>>;
+
+using CudaStream = OwnedHandle<cudaStream_t, cudaStreamDestroy>;
+using CudaEvent = OwnedHandle<cudaEvent_t, cudaEventDestroy>;
+
+/// Typed address of a tensor on the GPU; null if the tensor is empty. Throws BackendError for one
+/// in host memory, which a kernel must never see.
+template <typename T>
+T* device_data(const Tensor& tensor) {
+  check<BackendError>(tensor.device == Device::cuda || tensor.data == nullptr,
+                      "an operation on cuda got a tensor ", tensor.shape.to_string(), " ",
+                      name(tensor.dtype), " in host memory: copy it to the GPU first");
+  return tensor.as<T>();
+}
+
+}  // namespace bitfall
