@@ -19,15 +19,13 @@ const std::string kStateFile = "state.json";
 const std::string kLatestFile = "latest";
 const std::vector<std::string> kFiles = {kModelFile, kOptimizerFile, kStateFile};
 
-/// One flat buffer in a file: tensor names are the parameter's with this ending.
-struct Part {
-  Tensor flat;
-  std::string ending;
-};
+/// In the model file a tensor has the name of its parameter, in the optimizer file one of these
+/// endings too.
+const std::vector<std::string> kNoEnding = {""};
+const std::vector<std::string> kMomentEndings = {".exp_avg", ".exp_avg_sq"};
 
-std::vector<Part> optimizer_parts(const CheckpointTensors& tensors) {
-  if (!tensors.exp_avg) return {};
-  return {{tensors.exp_avg, ".exp_avg"}, {tensors.exp_avg_sq, ".exp_avg_sq"}};
+std::vector<std::string> moment_endings(std::size_t moments) {
+  return {kMomentEndings.begin(), kMomentEndings.begin() + static_cast<std::ptrdiff_t>(moments)};
 }
 
 std::vector<std::int64_t> dims(const Shape& shape) {
@@ -45,36 +43,39 @@ Tensor host_tensor(std::span<float> values) {
   return {values.data(), DType::f32, Shape{static_cast<std::int64_t>(values.size())}, Device::cpu};
 }
 
-void write_tensors(const fs::path& path, Backend& backend, const ParameterStore& store,
-                   const std::vector<Part>& parts) {
+/// Takes the next values, endings.size() of every parameter.
+void write_tensors(const fs::path& path, const ParameterStore& store,
+                   const std::vector<std::string>& endings, GatheredParameters& values) {
   std::vector<SafetensorsInfo> infos;
-  for (const Part& part : parts) {
+  for (const std::string& ending : endings) {
     for (const Parameter& parameter : store.parameters()) {
-      infos.push_back({parameter.name + part.ending, "F32", dims(parameter.shape)});
+      infos.push_back({parameter.name + ending, "F32", dims(parameter.shape)});
     }
   }
   SafetensorsWriter writer(path, infos);
   std::vector<float> buffer;
-  for (const Part& part : parts) {
+  for (std::size_t flat = 0; flat < endings.size(); ++flat) {
     for (const Parameter& parameter : store.parameters()) {
-      const std::span<float> values = host_floats(buffer, parameter.numel);
-      backend.copy(part.flat.flat_slice(parameter.offset, parameter.numel), host_tensor(values));
-      writer.write(std::as_bytes(values));
+      const std::span<float> floats = host_floats(buffer, parameter.numel);
+      values.next(floats);
+      writer.write(std::as_bytes(floats));
     }
   }
   writer.commit();
 }
 
-void read_tensors(const fs::path& path, Backend& backend, const ParameterStore& store,
-                  const std::vector<Part>& parts) {
-  const SafetensorsFile file(path);
+/// Fills `slice` with what `ending` stands for.
+void read_tensors(const SafetensorsFile& file, Backend& backend, const ParameterStore& store,
+                  const std::string& ending, const Tensor& slice) {
+  const FlatRange owned = store.owned();
   std::vector<float> buffer;
-  for (const Part& part : parts) {
-    for (const Parameter& parameter : store.parameters()) {
-      const std::span<float> values = host_floats(buffer, parameter.numel);
-      file.read_f32(file.at(parameter.name + part.ending), values);
-      backend.copy(host_tensor(values), part.flat.flat_slice(parameter.offset, parameter.numel));
-    }
+  for (const Parameter& parameter : store.parameters()) {
+    const FlatRange mine = intersection(parameter.range(), owned);
+    if (mine.numel == 0) continue;
+    const std::span<float> values = host_floats(buffer, parameter.numel);
+    file.read_f32(file.at(parameter.name + ending), values);
+    backend.copy(host_tensor(values).flat_slice(mine.begin - parameter.offset, mine.numel),
+                 slice.flat_slice(mine.begin - owned.begin, mine.numel));
   }
 }
 
@@ -122,14 +123,14 @@ std::string latest_tag(const fs::path& directory) {
 
 }  // namespace
 
-void save_checkpoint(const fs::path& directory, const std::string& tag, Backend& backend,
-                     const ParameterStore& store, const CheckpointTensors& tensors,
-                     const TrainingState& state) {
+void save_checkpoint(const fs::path& directory, const std::string& tag, const ParameterStore& store,
+                     GatheredParameters& values, const TrainingState& state) {
   check_tag(tag, directory);
   try {
     StagedFolder folder(directory, tag);
-    write_tensors(folder.path() / kModelFile, backend, store, {{tensors.master, ""}});
-    write_tensors(folder.path() / kOptimizerFile, backend, store, optimizer_parts(tensors));
+    write_tensors(folder.path() / kModelFile, store, kNoEnding, values);
+    write_tensors(folder.path() / kOptimizerFile, store, moment_endings(values.num_slices() - 1),
+                  values);
     AtomicFile state_file(folder.path() / kStateFile);
     state_file.write(to_json_text(state));
     state_file.commit();
@@ -158,10 +159,8 @@ LoadedCheckpoint::LoadedCheckpoint(const fs::path& directory, const std::string&
   state_ = parse_training_state(read_text(state_path), state_path.string());
   check_same_config(state_.config, config, state_path.string());
   try {
-    check_fits(folder_ / kModelFile, store, {""});
-    std::vector<std::string> endings;
-    for (const Part& part : optimizer_parts(tensors)) endings.push_back(part.ending);
-    check_fits(folder_ / kOptimizerFile, store, endings);
+    check_fits(folder_ / kModelFile, store, kNoEnding);
+    check_fits(folder_ / kOptimizerFile, store, moment_endings(tensors.moments.size()));
   } catch (const ModelFileError& error) {
     throw CheckpointError(error.what());
   }
@@ -170,8 +169,11 @@ LoadedCheckpoint::LoadedCheckpoint(const fs::path& directory, const std::string&
 void LoadedCheckpoint::read(Backend& backend, const ParameterStore& store,
                             const CheckpointTensors& tensors) const {
   try {
-    read_tensors(folder_ / kModelFile, backend, store, {{tensors.master, ""}});
-    read_tensors(folder_ / kOptimizerFile, backend, store, optimizer_parts(tensors));
+    read_tensors(SafetensorsFile(folder_ / kModelFile), backend, store, "", tensors.master);
+    const SafetensorsFile optimizer(folder_ / kOptimizerFile);
+    for (std::size_t i = 0; i < tensors.moments.size(); ++i) {
+      read_tensors(optimizer, backend, store, kMomentEndings[i], tensors.moments[i]);
+    }
   } catch (const ModelFileError& error) {
     throw CheckpointError(error.what());
   }

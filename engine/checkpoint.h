@@ -14,6 +14,7 @@
 #include "core/parameter_store.h"
 #include "eigen_sched/bit_schedule.h"
 #include "engine/loss_scaler.h"
+#include "engine/slices.h"
 
 namespace bitfall {
 
@@ -29,19 +30,20 @@ struct TrainingState {
   std::string client_state;  ///< JSON text of the caller
 };
 
-/// Flat f32 buffers that a checkpoint holds, parameter by parameter.
+/// Flat f32 buffers that a checkpoint holds, parameter by parameter; of each this rank's slice.
 struct CheckpointTensors {
-  Tensor master;               ///< [numel]
-  Tensor exp_avg, exp_avg_sq;  ///< [numel], or both empty
+  Tensor master;                ///< [owned().numel]
+  std::vector<Tensor> moments;  ///< exp_avg and exp_avg_sq, likewise, or none
 };
 
-/// Writes the checkpoint; an older one of the same tag is replaced in one moment.
+/// Writes the checkpoint; an older one of the same tag is replaced in one moment. `values` gives
+/// masters, then moments if there are any. The files do not tell how ranks shared them.
 ///
 /// Throws CheckpointError that names the path (an invalid tag, a full disk, no permission); what
 /// was there before then stays.
 void save_checkpoint(const std::filesystem::path& directory, const std::string& tag,
-                     Backend& backend, const ParameterStore& store,
-                     const CheckpointTensors& tensors, const TrainingState& state);
+                     const ParameterStore& store, GatheredParameters& values,
+                     const TrainingState& state);
 
 /// A checkpoint that was verified and fits the model, not yet applied.
 class LoadedCheckpoint {
@@ -57,7 +59,7 @@ class LoadedCheckpoint {
                    const std::string& config);
 
   const TrainingState& state() const { return state_; }
-  /// Copies weights and moments to the device.
+  /// Copies this rank's slices of weights and moments to the device.
   void read(Backend& backend, const ParameterStore& store, const CheckpointTensors& tensors) const;
 
  private:

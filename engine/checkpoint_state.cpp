@@ -16,7 +16,7 @@ namespace {
 constexpr int kFormatVersion = 1;
 
 /// Flattened keys ("/optimizer/params/lr") below these prefixes may differ between runs: they
-/// print, or they say how the same global batch is cut into pieces.
+/// print, or they say how the same global batch or the same state is cut into pieces.
 constexpr std::string_view kMayDiffer[] = {
     "/steps_per_print",
     "/wall_clock_breakdown",
@@ -26,6 +26,7 @@ constexpr std::string_view kMayDiffer[] = {
     "/eigenvalue/verbose",
     "/train_micro_batch_size_per_gpu",
     "/gradient_accumulation_steps",
+    "/zero_optimization",
 };
 
 bool may_differ(std::string_view key) {

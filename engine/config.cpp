@@ -50,26 +50,6 @@ const std::vector<std::string> kOnlyOff = {
     "torch_autocast",
 };
 
-void read_zero(ConfigSection& root) {
-  const json* whole = root.take("zero_optimization");
-  if (whole != nullptr && whole->is_boolean()) {  // the oldest spelling: true is stage 1
-    if (whole->get<bool>()) root.refuse("zero_optimization", *whole, "{\"stage\": 0}");
-    root.put("zero_optimization", json{{"stage", 0}}, "file");
-    return;
-  }
-  ConfigSection zero = root.section("zero_optimization");
-  const std::int64_t stage = zero.integer("stage", {0, 3}, 0);
-  if (stage == 1 || stage == 2) {
-    zero.refuse("stage", stage,
-                "0; stages 1 and 2 come in a later version, until then every rank holds the "
-                "whole optimizer state");
-  }
-  if (stage == 3) zero.refuse("stage", stage, "0; stage 3 (partitioned weights) is not supported");
-  for (const std::string& key : zero.keys()) {
-    if (key != "stage") zero.ignore({key});
-  }
-}
-
 void read_monitoring(ConfigSection& root, Config& config) {
   config.steps_per_print = root.integer("steps_per_print", kCount, config.steps_per_print);
   config.wall_clock_breakdown = root.flag("wall_clock_breakdown", config.wall_clock_breakdown);
@@ -116,7 +96,7 @@ CompletedConfig parse_config(const std::string& text, const std::string& source,
   config.gradient_clipping = root.number("gradient_clipping", kNonNegative, 0.0);
   read_seed(root, config);
   read_monitoring(root, config);
-  read_zero(root);
+  read_zero(root, config);
   read_quantization(root, config);
   root.ignore(kIgnored);
   root.only_off(kOnlyOff);

@@ -52,6 +52,7 @@ struct Config {
   bool wall_clock_breakdown = false;
   std::uint64_t seed = 42;
   DType compute_dtype = DType::f32;
+  int zero_stage = 0;  ///< 1: ranks share masters and moments; 2: gradients too
   OptimizerConfig optimizer;
   SchedulerConfig scheduler;
   LossScaleConfig loss_scale;

@@ -13,6 +13,8 @@ void read_precision(ConfigSection& root, Config& config);
 void read_optimizer(ConfigSection& root, Config& config);
 /// config_scheduler.cpp
 void read_scheduler(ConfigSection& root, Config& config);
+/// config_zero.cpp
+void read_zero(ConfigSection& root, Config& config);
 /// config_quantize.cpp: quantize_training, compression_training and eigenvalue.
 void read_quantization(ConfigSection& root, Config& config);
 

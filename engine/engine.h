@@ -43,8 +43,10 @@ class Engine {
   /// throws.
   StepResult train_batch(std::span<const Batch> micro_batches);
 
-  /// In f32, with Updater::evaluation_weights().
+  /// In f32, with Updater::evaluation_weights(). The first call after a step is collective.
   Evaluation evaluate(const Batch& batch);
+  /// What the first call of evaluate() does beforehand, for a rank that may have no batch.
+  void prepare_evaluation();
 
  private:
   /// What the model's weights are at the moment.
@@ -54,10 +56,15 @@ class Engine {
   const ParameterStore& store() const { return updater_.store(); }
   void bind_training();
   void accumulate_gradients(std::span<const Batch> micro_batches);
+  /// Adds `share` of its loss to loss_.
+  void forward(const Batch& micro_batch, double share, Accumulate accumulate);
   /// Samples of the step on all ranks.
   double count_samples(std::span<const Batch> micro_batches);
-  /// Zeros of a rank without micro-batches, reduced in the order of a backward pass.
-  void contribute_nothing();
+  /// Backward passes of this step on each rank; where this rank has fewer micro-batches, the others
+  /// get zeros from it.
+  std::size_t count_rounds(std::size_t micro_batches);
+  /// Overwrites loss_.
+  float over_ranks(float value, ReduceOp op);
 
   Communicator& communicator_;
   std::unique_ptr<Backend> backend_;

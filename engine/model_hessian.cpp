@@ -23,7 +23,8 @@ std::int64_t longest_block(const ParameterStore& store) {
 }  // namespace
 
 ModelHessian::ModelHessian(Backend& backend, Communicator& communicator, Model& model,
-                           const ParameterStore& store, std::span<const Batch> micro_batches)
+                           const ParameterStore& store, std::vector<Tensor> bound_gradients,
+                           std::span<const Batch> micro_batches)
     : backend_(backend),
       model_(model),
       store_(store),
@@ -33,18 +34,19 @@ ModelHessian::ModelHessian(Backend& backend, Communicator& communicator, Model& 
       gradient_(allocate_flat(backend, store.numel(), gradient_buffer_)),
       sum_(allocate_flat(backend, longest_block(store), sum_buffer_)),
       sample_weight_(sample_weight(communicator)),
-      binding_(model, store, weights_, gradient_) {
+      binding_(model, store, std::move(bound_gradients), weights_, gradient_) {
   if (micro_batches_.size() == 1) model_.forward(micro_batches_[0], {Mode::differentiate, 0, 0});
 }
 
 ModelHessian::ScratchBinding::ScratchBinding(Model& model, const ParameterStore& store,
+                                             std::vector<Tensor> bound_gradients,
                                              const Tensor& weights, const Tensor& gradients)
-    : model_(model), store_(store) {
+    : model_(model), store_(store), bound_gradients_(std::move(bound_gradients)) {
   model_.bind(store_.views(weights), store_.views(gradients));
 }
 
 ModelHessian::ScratchBinding::~ScratchBinding() {
-  model_.bind(store_.views(store_.working()), store_.views(store_.gradient()));
+  model_.bind(store_.views(store_.working()), bound_gradients_);
 }
 
 void ModelHessian::begin_block(int block) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <span>
+#include <vector>
 
 #include "core/communicator.h"
 #include "core/model.h"
@@ -15,22 +16,23 @@ class ModelHessian final : public HessianSource {
  public:
   /// The loss is the mean over the samples of `micro_batches` on all ranks; this rank may have
   /// none. Throws ShapeError if no rank has one. All arguments must outlive the object; the model
-  /// is bound to `store`'s working weights and gradients.
+  /// is bound to `store`'s working weights and `bound_gradients`.
   ///
   /// Nothing of the training changes: weights keep their bits, gradients lie in memory of their
-  /// own, and the model is bound to the store again when the object goes.
+  /// own, and the model is bound as before when the object goes.
   ModelHessian(Backend& backend, Communicator& communicator, Model& model,
-               const ParameterStore& store, std::span<const Batch> micro_batches);
+               const ParameterStore& store, std::vector<Tensor> bound_gradients,
+               std::span<const Batch> micro_batches);
 
   void begin_block(int block) override;
   void multiply(const Tensor& v, const Tensor& product) override;
 
  private:
-  /// Binds the model to scratch memory, and back to the store's when it goes out of scope.
+  /// Binds the model to scratch memory, and back to what it had when it goes out of scope.
   class ScratchBinding {
    public:
-    ScratchBinding(Model& model, const ParameterStore& store, const Tensor& weights,
-                   const Tensor& gradients);
+    ScratchBinding(Model& model, const ParameterStore& store, std::vector<Tensor> bound_gradients,
+                   const Tensor& weights, const Tensor& gradients);
     ScratchBinding(const ScratchBinding&) = delete;
     ScratchBinding& operator=(const ScratchBinding&) = delete;
     ~ScratchBinding();
@@ -38,6 +40,7 @@ class ModelHessian final : public HessianSource {
    private:
     Model& model_;
     const ParameterStore& store_;
+    std::vector<Tensor> bound_gradients_;
   };
 
   /// store.working() itself if it is f32, otherwise a copy in f32.

@@ -10,8 +10,8 @@
 namespace bitfall {
 namespace {
 
-/// Ranges of the flat buffers that hold `parameters`, and the gaps between neighbours, which hold
-/// zeros.
+/// Ranges of the slice that hold `parameters`, and the gaps between neighbours, which hold zeros;
+/// counted from the beginning of the slice.
 std::vector<FlatRange> ranges_of(const ParameterStore& store,
                                  const std::vector<std::size_t>& parameters) {
   std::vector<FlatRange> ranges;
@@ -21,7 +21,12 @@ std::vector<FlatRange> ranges_of(const ParameterStore& store,
     if (!follows) ranges.push_back({parameter.offset, 0});
     ranges.back().numel = parameter.offset + parameter.numel - ranges.back().begin;
   }
-  return ranges;
+  std::vector<FlatRange> mine;
+  for (const FlatRange& range : ranges) {
+    const FlatRange part = intersection(range, store.owned());
+    if (part.numel > 0) mine.push_back({part.begin - store.owned().begin, part.numel});
+  }
+  return mine;
 }
 
 void check_covers(const ParameterStore& store, const std::vector<ParameterGroup>& groups) {
@@ -77,11 +82,12 @@ Optimizer::Optimizer(Backend& backend, const ParameterStore& store, const Optimi
   check_covers(store, groups_);
   set_numbers(groups_);
   for (const ParameterGroup& group : groups_) ranges_.push_back(ranges_of(store, group.parameters));
-  const auto bytes = static_cast<std::size_t>(store.numel()) * size_in_bytes(DType::f32);
+  const std::int64_t numel = store.owned().numel;
+  const auto bytes = static_cast<std::size_t>(numel) * size_in_bytes(DType::f32);
   exp_avg_buffer_ = backend.allocate(bytes);
   exp_avg_sq_buffer_ = backend.allocate(bytes);
-  exp_avg_ = exp_avg_buffer_.view(DType::f32, Shape{store.numel()});
-  exp_avg_sq_ = exp_avg_sq_buffer_.view(DType::f32, Shape{store.numel()});
+  exp_avg_ = exp_avg_buffer_.view(DType::f32, Shape{numel});
+  exp_avg_sq_ = exp_avg_sq_buffer_.view(DType::f32, Shape{numel});
 }
 
 void Optimizer::set_learning_rate(double learning_rate) {
@@ -122,8 +128,8 @@ void Optimizer::step(const ParameterStore& store, double gradient_multiplier) {
     for (const FlatRange& range : ranges_[i]) {
       ranges.push_back({range.begin, range.numel, static_cast<float>(groups_[i].weight_decay)});
     }
-    backend_.adam_update(adam_step(groups_[i], gradient_multiplier), ranges, store.gradient(),
-                         store.master(), exp_avg_, exp_avg_sq_);
+    backend_.adam_update(adam_step(groups_[i], gradient_multiplier), ranges,
+                         store.gradient(store.owned()), store.master(), exp_avg_, exp_avg_sq_);
   }
 }
 

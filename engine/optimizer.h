@@ -31,8 +31,8 @@ std::vector<ParameterGroup> default_groups(const ParameterStore& store,
 
 class Optimizer {
  public:
-  /// Allocates the moments, [numel] f32 each, zero. Of `config` only what holds for all groups is
-  /// read. Throws ConfigError unless every parameter is in exactly one group.
+  /// Allocates the moments, [owned().numel] f32 each, zero. Of `config` only what holds for all
+  /// groups is read. Throws ConfigError unless every parameter is in exactly one group.
   Optimizer(Backend& backend, const ParameterStore& store, const OptimizerConfig& config,
             std::vector<ParameterGroup> groups);
 
@@ -43,14 +43,14 @@ class Optimizer {
   /// another number of groups and for numbers that Adam cannot work with.
   void set_numbers(const std::vector<ParameterGroup>& groups);
 
-  /// Updates store.master() from store.gradient() * gradient_multiplier.
+  /// Updates store.master() from store.gradient() * gradient_multiplier, in this rank's slice.
   void step(const ParameterStore& store, double gradient_multiplier);
 
   /// Updates so far; sets the bias correction. Skipped steps do not count.
   std::int64_t steps() const { return steps_; }
   void set_steps(std::int64_t steps) { steps_ = steps; }
-  Tensor exp_avg() const { return exp_avg_; }        ///< [numel] f32
-  Tensor exp_avg_sq() const { return exp_avg_sq_; }  ///< [numel] f32
+  Tensor exp_avg() const { return exp_avg_; }        ///< [owned().numel] f32
+  Tensor exp_avg_sq() const { return exp_avg_sq_; }  ///< [owned().numel] f32
 
  private:
   AdamStep adam_step(const ParameterGroup& group, double gradient_multiplier) const;

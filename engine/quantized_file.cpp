@@ -61,14 +61,15 @@ void add_quantized(const Parameter& parameter, const IntegerWeights& weights,
              " shape=", parameter.shape.to_string());
 }
 
-FileContent make_content(Backend& backend, const ParameterStore& store, const Quantizer& quantizer,
+FileContent make_content(Backend& backend, const std::vector<Parameter>& parameters,
+                         std::span<const Tensor> masters, const Quantizer& quantizer,
                          std::int64_t step) {
   FileContent content;
-  for (std::size_t index = 0; index < store.parameters().size(); ++index) {
-    const Parameter& parameter = store.parameters()[index];
+  for (std::size_t index = 0; index < parameters.size(); ++index) {
+    const Parameter& parameter = parameters[index];
     std::vector<float> values(static_cast<std::size_t>(parameter.numel));
     const Tensor host{values.data(), DType::f32, parameter.shape, Device::cpu};
-    backend.copy(store.master(index), host);
+    backend.copy(masters[index], host);
     const QuantSpec spec = quantizer.spec(index);
     if (spec.bits >= kCastBits) {
       content.add<float>(parameter.name, "F32", dims(parameter.shape), values);
@@ -83,9 +84,9 @@ FileContent make_content(Backend& backend, const ParameterStore& store, const Qu
 }  // namespace
 
 void save_quantized_file(const std::filesystem::path& folder, Backend& backend,
-                         const ParameterStore& store, const Quantizer& quantizer,
-                         std::int64_t step) {
-  const FileContent content = make_content(backend, store, quantizer, step);
+                         const std::vector<Parameter>& parameters, std::span<const Tensor> masters,
+                         const Quantizer& quantizer, std::int64_t step) {
+  const FileContent content = make_content(backend, parameters, masters, quantizer, step);
   std::error_code error;
   std::filesystem::create_directories(folder, error);
   check<ModelFileError>(!error, folder.string(), ": cannot create the folder (", error.message(),

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <span>
+#include <vector>
 
 #include "core/backend.h"
 #include "core/parameter_store.h"
@@ -19,10 +21,11 @@ namespace bitfall {
 /// stream of bits as PackedCodes describes. Every other parameter is F32 under its own name. The
 /// metadata of P.codes' file entry P says "bits=.. code_bits=.. groups=.. shape=[..]".
 ///
-/// `step` is the optimizer step whose weights are written. Throws ModelFileError (no permission,
+/// `masters` [per parameter] f32 are parallel to `parameters`; `step` is the optimizer step whose
+/// weights are written. Throws ModelFileError (no permission,
 /// full disk); an older file then stays.
 void save_quantized_file(const std::filesystem::path& folder, Backend& backend,
-                         const ParameterStore& store, const Quantizer& quantizer,
-                         std::int64_t step);
+                         const std::vector<Parameter>& parameters, std::span<const Tensor> masters,
+                         const Quantizer& quantizer, std::int64_t step);
 
 }  // namespace bitfall

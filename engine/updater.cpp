@@ -9,27 +9,6 @@
 namespace bitfall {
 namespace {
 
-ParameterStore::WorkingCopy working_copy(const Config& config) {
-  const bool shared = config.compute_dtype == DType::f32 && !config.quantize.enabled;
-  return shared ? ParameterStore::WorkingCopy::shared : ParameterStore::WorkingCopy::separate;
-}
-
-/// Ranges of the flat buffers that belong to no block.
-std::vector<FlatRange> outside_of_blocks(const ParameterStore& store) {
-  std::vector<FlatRange> ranges;
-  std::int64_t begin = 0;
-  const auto add_until = [&](std::int64_t end) {
-    if (end > begin) ranges.push_back({begin, end - begin});
-  };
-  for (int block = 0; block < store.num_blocks(); ++block) {
-    const FlatRange range = store.block_range(block);
-    add_until(range.begin);
-    begin = range.begin + range.numel;
-  }
-  add_until(store.numel());
-  return ranges;
-}
-
 double to_host(Backend& backend, const Tensor& scalar) {
   float value = 0;
   backend.copy(scalar, Tensor{&value, DType::f32, scalar.shape, Device::cpu});
@@ -46,9 +25,9 @@ Updater::Updater(Backend& backend, Communicator& communicator, const CompletedCo
     : backend_(backend),
       communicator_(communicator),
       config_(config),
-      store_(backend, parameters, this->config().compute_dtype, working_copy(this->config())),
-      loss_scaler_(this->config().loss_scale),
-      unblocked_(outside_of_blocks(store_)) {
+      store_(load_store(backend, communicator, this->config(), parameters, load_weights)),
+      reducer_(backend, communicator, store_),
+      loss_scaler_(this->config().loss_scale) {
   const Config& values = this->config();
   if (rule.kind == UpdateRule::Kind::schedule) {
     lr_schedule_.emplace(values.scheduler, values.optimizer.lr);
@@ -67,22 +46,7 @@ Updater::Updater(Backend& backend, Communicator& communicator, const CompletedCo
     eigenvalues_ = std::make_unique<EigenvalueBoundary>(values.eigenvalue, values.seed, backend,
                                                         communicator, store_);
   }
-  load_weights(backend_, store_);
-  broadcast_weights();
   publish_weights();
-}
-
-void Updater::broadcast_weights() {
-  if (communicator_.world_size() == 1) return;
-  std::vector<std::byte> bytes;
-  for (std::size_t index = 0; index < store_.parameters().size(); ++index) {
-    const Tensor master = store_.master(index);
-    bytes.resize(master.bytes());
-    const Tensor host{bytes.data(), DType::f32, master.shape, Device::cpu};
-    backend_.copy(master, host);
-    communicator_.broadcast(bytes, 0);
-    backend_.copy(host, master);
-  }
 }
 
 std::vector<BitStateSpec> Updater::bit_states() const {
@@ -98,13 +62,11 @@ std::vector<int> Updater::bits_per_state() const {
   return bits;
 }
 
-void Updater::start_reduction(int block) {
-  const auto reduce = [this](const FlatRange& range) {
-    communicator_.all_reduce_async(store_.gradient().flat_slice(range.begin, range.numel),
-                                   ReduceOp::mean);
-  };
-  if (block != kNoBlock) return reduce(store_.block_range(block));
-  for (const FlatRange& range : unblocked_) reduce(range);
+void Updater::contribute_nothing(Accumulate accumulate) {
+  for (int block = store_.num_blocks() - 1; block >= 0; --block) {
+    reducer_.start_with_zeros(block, accumulate);
+  }
+  reducer_.start_with_zeros(kNoBlock, accumulate);
 }
 
 bool Updater::needs_eigenvalues() const {
@@ -117,7 +79,7 @@ StepResult Updater::step(const Tensor& loss, const MakeHessian& make_hessian,
   const bool needs_eigenvalues = this->needs_eigenvalues();
   timer_.measure("all_reduce", [&] {
     communicator_.all_reduce_async(loss, ReduceOp::mean);
-    communicator_.wait_all();
+    reducer_.finish();
   });
   StepResult result;
   result.loss = to_host(backend_, loss);
@@ -140,7 +102,7 @@ StepResult Updater::step(const Tensor& loss, const MakeHessian& make_hessian,
 }
 
 double Updater::gradient_norm() {
-  return std::sqrt(backend_.squared_sum(store_.gradient())) / loss_scaler_.scale();
+  return std::sqrt(reducer_.squared_norm()) / loss_scaler_.scale();
 }
 
 StepResult Updater::skip_step(StepResult result) {
@@ -154,14 +116,12 @@ StepResult Updater::skip_step(StepResult result) {
 }
 
 void Updater::refuse_gradient(double loss) const {
-  const std::vector<Parameter>& parameters = store_.parameters();
-  std::size_t index = 0;
-  while (index + 1 < parameters.size() &&
-         std::isfinite(backend_.squared_sum(store_.gradient(index)))) {
-    ++index;
-  }
-  throw TrainingError(concat("step ", state_.global_step + 1, ": the gradient of '",
-                             parameters[index].name, "' is not finite (loss ", loss,
+  const std::vector<double> norms = reducer_.squared_norms();
+  const auto bad = std::find_if(norms.begin(), norms.end() - 1,
+                                [](double norm) { return !std::isfinite(norm); });
+  const Parameter& parameter = store_.parameters()[static_cast<std::size_t>(bad - norms.begin())];
+  throw TrainingError(concat("step ", state_.global_step + 1, ": the gradient of '", parameter.name,
+                             "' is not finite (loss ", loss,
                              "); no weight was changed. Lower the learning rate, set "
                              "gradient_clipping, or look for broken values in the data"));
 }
@@ -201,9 +161,11 @@ void Updater::publish_weights() {
     if (quantizer_) {
       quantizer_->publish(backend_, store_, state_.global_step);
     } else if (!store_.working_is_master()) {
-      backend_.cast(store_.master(), store_.working());
+      backend_.cast(store_.master(), store_.working(store_.owned()));
     }
   });
+  timer_.measure("all_reduce",
+                 [&] { gather_slices(communicator_, store_.partition(), store_.working()); });
 }
 
 void Updater::check_ranks_agree_on_bits() const {

@@ -20,10 +20,12 @@
 #include "engine/checkpoint.h"
 #include "engine/config.h"
 #include "engine/eigenvalue_boundary.h"
+#include "engine/gradient_reducer.h"
 #include "engine/loss_scaler.h"
 #include "engine/lr_schedule.h"
 #include "engine/optimizer.h"
 #include "engine/phase_timer.h"
+#include "engine/slices.h"
 #include "engine/step_result.h"
 #include "quantizer/quantizer.h"
 
@@ -48,8 +50,7 @@ struct QuantizedSize {
 /// an exception on one rank must end all (Communicator::abort).
 class Updater {
  public:
-  /// Fills the master weights of the store.
-  using LoadWeights = std::function<void(Backend& backend, const ParameterStore& store)>;
+  using LoadWeights = bitfall::LoadWeights;
   /// Changes the masters by the gradients in the store, which are unscaled, clipped means then.
   using UpdateMasters = std::function<void()>;
 
@@ -68,7 +69,7 @@ class Updater {
   Optimizer* optimizer() { return optimizer_ ? &*optimizer_ : nullptr; }
   std::int64_t global_step() const { return state_.global_step; }      ///< updates so far
   std::int64_t skipped_steps() const { return state_.skipped_steps; }  ///< overflows so far
-  /// What gradients must be multiplied by before they are summed into store().gradient().
+  /// What gradients must be multiplied by before they are summed into gradient_views().
   double loss_scale() const { return loss_scaler_.scale(); }
   /// States of the bit schedule, parallel to StepResult::bits; empty without quantization.
   std::vector<BitStateSpec> bit_states() const;
@@ -77,10 +78,25 @@ class Updater {
   /// As in StepResult; the width of the compute dtype while quantization has not begun.
   std::vector<int> bits_per_state() const;
 
+  /// Where this rank's gradients are written, per parameter; the same for the life of the object.
+  /// At ZeRO stage 2 blocks share memory: see start_reduction().
+  std::vector<Tensor> gradient_views() const { return reducer_.views(); }
+  /// False: gradients of all micro-batches are summed in gradient_views(), and start_reduction() is
+  /// called in the last one. True (ZeRO stage 2): it is called in every micro-batch, whose
+  /// gradients overwrite what gradient_views() held; all ranks run as many.
+  bool reduces_every_micro_batch() const { return reducer_.reduces_every_micro_batch(); }
   /// Starts the mean over ranks of the gradients of `block` (kNoBlock: of all parameters outside of
-  /// blocks), which are complete on this rank. Every rank calls it once per block, and once with
-  /// kNoBlock, in the same order before step().
-  void start_reduction(int block);
+  /// blocks), which are complete on this rank. Every rank calls it for the blocks from the last to
+  /// the first, then with kNoBlock, before step().
+  ///
+  /// Where every micro-batch is reduced, `accumulate` is no in the first one of a step, and the
+  /// gradients of block b - 1 may be written after start_reduction(b) has returned, not before.
+  /// Throws ShapeError for another order.
+  void start_reduction(int block, Accumulate accumulate = Accumulate::no) {
+    reducer_.start(block, accumulate);
+  }
+  /// All calls of start_reduction() for a rank that has no sample of a micro-batch: zeros.
+  void contribute_nothing(Accumulate accumulate);
 
   /// The step: waits for the reductions, then norm, clipping, eigenvalues, bit schedule, new
   /// masters and new working weights.
@@ -96,10 +112,14 @@ class Updater {
                   const UpdateMasters& update_masters = {});
 
   /// Flat f32 [numel]: the quantized weights exactly on their grid (masters where nothing is
-  /// quantized), to be read only; valid until release_evaluation_weights() or load_checkpoint().
+  /// quantized), to be read only; valid until release_evaluation_weights(), master_weights() or
+  /// load_checkpoint(). Collective the first time.
   Tensor evaluation_weights();
+  /// Flat f32 [numel]: the masters of all ranks, to be read only; valid until evaluation_weights()
+  /// or as that. Collective.
+  Tensor master_weights();
   /// Frees the memory of evaluation_weights(), which is not needed while training.
-  void release_evaluation_weights() { evaluation_buffer_ = Buffer(); }
+  void release_evaluation_weights();
 
   /// Writes DIRECTORY/TAG and then DIRECTORY/latest (rank 0). Collective; throws CheckpointError on
   /// every rank if it failed on one.
@@ -109,19 +129,18 @@ class Updater {
   /// throws CheckpointError on every rank if it failed on one, with nothing changed.
   std::string load_checkpoint(const std::filesystem::path& directory, const std::string& tag);
 
-  /// Name -> |quantized - master| / |master| (L2) of each quantized parameter.
+  /// Name -> |quantized - master| / |master| (L2) of each quantized parameter. Collective.
   std::map<std::string, double> quantization_error();
   std::map<std::string, QuantizedSize> quantized_sizes() const;
-  /// Device memory by purpose.
+  /// Memory of this rank's device by purpose.
   std::map<std::string, std::int64_t> memory_bytes() const;
   /// For the phases that the caller runs: "forward" and "backward".
   PhaseTimer& timer() { return timer_; }
-  /// Seconds since the last call by phase: forward, backward, all_reduce, update, quantize,
-  /// eigenvalues.
+  /// Seconds since the last call by phase: forward, backward, all_reduce (of what the backward pass
+  /// did not hide, and with ZeRO the exchange of weights), update, quantize, eigenvalues.
   std::map<std::string, double> timings();
 
  private:
-  void broadcast_weights();
   double gradient_norm();
   StepResult skip_step(StepResult result);
   std::vector<double> compute_eigenvalues(const MakeHessian& make_hessian, StepResult& result);
@@ -130,6 +149,8 @@ class Updater {
   [[noreturn]] void refuse_gradient(double loss) const;
   void check_ranks_agree_on_bits() const;
   CheckpointTensors checkpoint_tensors() const;
+  enum class FlatContent { none, quantized, masters };
+  Tensor flat_weights(FlatContent content);
   /// Throws CheckpointError on every rank if `error` is not empty on one.
   void agree(const std::string& error) const;
 
@@ -137,6 +158,7 @@ class Updater {
   Communicator& communicator_;
   CompletedConfig config_;
   ParameterStore store_;
+  GradientReducer reducer_;
   std::optional<Optimizer> optimizer_;     ///< empty: the caller updates
   std::optional<LrSchedule> lr_schedule_;  ///< empty: the caller sets the rates
   LossScaler loss_scaler_;
@@ -144,8 +166,8 @@ class Updater {
   std::unique_ptr<Quantizer> quantizer_;             ///< null without quantization
   std::unique_ptr<EigenvalueBoundary> eigenvalues_;  ///< null without quantization
   TrainingState state_;
-  std::vector<FlatRange> unblocked_;  ///< what lies in no block
-  Buffer evaluation_buffer_;
+  Buffer flat_buffer_;  ///< of evaluation_weights() and master_weights()
+  FlatContent flat_content_ = FlatContent::none;
   PhaseTimer timer_;
 };
 

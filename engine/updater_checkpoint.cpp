@@ -6,8 +6,8 @@
 namespace bitfall {
 
 CheckpointTensors Updater::checkpoint_tensors() const {
-  if (!optimizer_) return {store_.master(), {}, {}};
-  return {store_.master(), optimizer_->exp_avg(), optimizer_->exp_avg_sq()};
+  if (!optimizer_) return {store_.master(), {}};
+  return {store_.master(), {optimizer_->exp_avg(), optimizer_->exp_avg_sq()}};
 }
 
 void Updater::agree(const std::string& error) const {
@@ -22,6 +22,10 @@ void Updater::agree(const std::string& error) const {
 void Updater::save_checkpoint(const std::filesystem::path& directory, const std::string& tag,
                               const std::string& client_state) {
   std::string error;
+  const CheckpointTensors tensors = checkpoint_tensors();
+  std::vector<Tensor> slices = tensors.moments;
+  slices.insert(slices.begin(), tensors.master);
+  GatheredParameters values(backend_, communicator_, store_, slices);
   if (communicator_.rank() == 0) {
     TrainingState state = state_;
     if (optimizer_) state.optimizer_steps = optimizer_->steps();
@@ -30,11 +34,12 @@ void Updater::save_checkpoint(const std::filesystem::path& directory, const std:
     state.config = config_.json;
     state.client_state = client_state;
     try {
-      bitfall::save_checkpoint(directory, tag, backend_, store_, checkpoint_tensors(), state);
+      bitfall::save_checkpoint(directory, tag, store_, values, state);
     } catch (const std::exception& failure) {
       error = failure.what();
     }
   }
+  values.skip_rest();  // all of it where writing failed
   agree(error);
 }
 
@@ -61,7 +66,7 @@ std::string Updater::load_checkpoint(const std::filesystem::path& directory,
   if (optimizer_) optimizer_->set_steps(state_.optimizer_steps);
   loss_scaler_ = scaler;
   if (schedule) bit_schedule_->restore(schedule->state());
-  evaluation_buffer_ = Buffer();
+  release_evaluation_weights();
   publish_weights();
   communicator_.barrier();
   return state_.client_state;

@@ -54,19 +54,23 @@ class PythonEngine {
                           logits.reshape(std::vector<py::ssize_t>{shape[0], shape[1]}));
   }
 
+  void prepare_evaluation() { engine_->prepare_evaluation(); }
+
   void save_model(const std::string& directory, const std::string& weights) {
     check<ConfigError>(weights == "master" || weights == "quantized" || weights == "integers",
                        "weights = '", weights, "': expected 'master', 'quantized' or 'integers'");
+    check<ConfigError>(weights != "integers" || updater().quantizer() != nullptr,
+                       "weights = 'integers': nothing is quantized in this config");
+    // Ranks may hold slices of the masters: all of them take part.
+    const Tensor flat =
+        weights == "quantized" ? updater().evaluation_weights() : updater().master_weights();
     if (communicator_.rank() != 0) return;
     const ParameterStore& store = updater().store();
     if (weights == "integers") {
-      check<ConfigError>(updater().quantizer() != nullptr,
-                         "weights = 'integers': nothing is quantized in this config");
-      save_quantized_file(directory, engine_->backend(), store, *updater().quantizer(),
-                          updater().global_step());
+      save_quantized_file(directory, engine_->backend(), store.parameters(), store.views(flat),
+                          *updater().quantizer(), updater().global_step());
       return;
     }
-    const Tensor flat = weights == "master" ? store.master() : updater().evaluation_weights();
     bitfall::save_model(directory, model_config_, engine_->backend(), store.parameters(),
                         store.views(flat));
   }
@@ -91,6 +95,7 @@ void bind_engine(py::module_& module) {
       .def_property_readonly("num_layers", &PythonEngine::num_layers)
       .def("train_batch", &PythonEngine::train_batch, py::arg("micro_batches"))
       .def("evaluate", &PythonEngine::evaluate, py::arg("batch"))
+      .def("prepare_evaluation", &PythonEngine::prepare_evaluation, released)
       .def(
           "save_checkpoint",
           [](PythonEngine& self, const std::string& directory, const std::string& tag,

@@ -129,15 +129,17 @@ class Engine:
         """
     def evaluate(self, batch: Batch) -> tuple[float | None, npt.NDArray[np.float32]]:
         """(mean loss or None without labels, logits [B, C] or [T, 2]) in f32 with the quantized weights."""
+    def prepare_evaluation(self) -> None:
+        """What the first evaluate() after a step does beforehand, for a rank without a batch. Collective."""
     def save_checkpoint(self, directory: str, tag: str, client_state: str) -> None:
         """Writes directory/tag/ and then directory/latest. client_state is JSON text of the caller. Collective."""
     def load_checkpoint(self, directory: str, tag: str | None = None) -> str:
         """Restores everything bit for bit and returns client_state. Collective."""
     def save_model(self, directory: str, weights: str) -> None:
         """model.safetensors + config.json; weights: "master" (f32), "quantized" (f32 values exactly on the grid)
-        or "integers" (codes, scales, zero points in quantized.safetensors). Rank 0 writes."""
+        or "integers" (codes, scales, zero points in quantized.safetensors). Rank 0 writes. Collective."""
     def quantization_error(self) -> dict[str, float]:
-        """Parameter name -> |quantized - master| / |master| (L2), quantized parameters only."""
+        """Parameter name -> |quantized - master| / |master| (L2), quantized parameters only. Collective."""
     def quantized_sizes(self) -> dict[str, dict[str, int]]:
         """Parameter name -> {"numel", "bits", "bytes_f32", "bytes_quantized"}; unquantized ones too (bits 32)."""
     def memory_bytes(self) -> dict[str, int]: ...

@@ -23,6 +23,7 @@ def run_model(
 ) -> tuple[npt.NDArray[np.float32], float | None]:
     """logits [N, C] f32 in the order of `data`, and the mean loss (None without labels)."""
     mine = share(len(data), communicator.rank, communicator.world_size)
+    engine.prepare_evaluation()  # collective, even for a rank without examples
     logits: list[npt.NDArray[np.float32]] = []
     losses: list[float] = []
     for begin in range(mine.start, mine.stop, batch_size):

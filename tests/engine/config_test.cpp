@@ -235,12 +235,41 @@ TEST(Config, Schedulers) {
               HasSubstr("(from --lr_scheduler_type)"));
 }
 
-TEST(Config, ZeroAndOtherSections) {
-  EXPECT_EQ(error_of(R"({"zero_optimization": {"stage": 0, "reduce_bucket_size": "auto"}})"),
-            "no error");
-  EXPECT_THAT(error_of(R"({"zero_optimization": {"stage": 2}})"),
-              HasSubstr("come in a later version"));
-  EXPECT_THAT(error_of(R"({"zero_optimization": {"stage": 3}})"), HasSubstr("not supported"));
+TEST(Config, ZeroOptimization) {
+  const auto stage_of = [](const std::string& zero) {
+    return parse(R"({"zero_optimization": )" + zero + "}").config.zero_stage;
+  };
+  EXPECT_EQ(parse("{}").config.zero_stage, 0);
+  for (const int stage : {0, 1, 2}) EXPECT_EQ(stage_of(concat(R"({"stage": )", stage, "}")), stage);
+  EXPECT_EQ(stage_of("true"), 1);
+  EXPECT_EQ(stage_of("false"), 0);
+  EXPECT_THAT(parse(R"({"zero_optimization": true})").json, HasSubstr(R"("stage": 1)"));
+  EXPECT_EQ(stage_of(R"({"stage": 2, "offload_optimizer": {"device": "none"}})"), 2);
+
+  const CompletedConfig tuned = parse(R"({"zero_optimization": {"stage": 2, "overlap_comm": true,
+      "reduce_bucket_size": "auto", "allgather_bucket_size": 5e8, "contiguous_gradients": true,
+      "round_robin_gradients": true, "stage3_max_live_parameters": 1e9}})");
+  for (const char* key : {"overlap_comm", "reduce_bucket_size", "allgather_bucket_size",
+                          "contiguous_gradients", "round_robin_gradients"}) {
+    EXPECT_THAT(tuned.warnings,
+                Contains(HasSubstr(concat("zero_optimization.", key, ": ignored"))));
+  }
+
+  const auto refusal = [](const std::string& zero) {
+    return error_of(R"({"zero_optimization": )" + zero + "}");
+  };
+  EXPECT_THAT(refusal(R"({"stage": 3})"), HasSubstr("stage 3 (partitioned weights)"));
+  EXPECT_THAT(refusal(R"({"stage": 4})"), HasSubstr("zero_optimization.stage = 4"));
+  EXPECT_THAT(refusal(R"({"stage": "auto"})"), HasSubstr("no command-line flag fills"));
+  EXPECT_THAT(refusal(R"({"stage": 2, "offload_optimizer": {"device": "cpu"}})"),
+              HasSubstr("offloading is not supported"));
+  EXPECT_THAT(refusal(R"({"offload_param": {"device": "nvme"}})"), HasSubstr("offload_param"));
+  EXPECT_THAT(refusal(R"({"cpu_offload": true})"), HasSubstr("not supported"));
+  EXPECT_THAT(refusal(R"({"stagee": 1})"), HasSubstr("did you mean"));
+  EXPECT_THAT(refusal("1"), HasSubstr("expected an object"));
+}
+
+TEST(Config, OtherSections) {
   EXPECT_THAT(error_of(R"({"prescale_gradients": true})"), HasSubstr("not supported"));
   EXPECT_EQ(error_of(R"({"prescale_gradients": false, "gradient_predivide_factor": 1.0})"),
             "no error");

@@ -61,7 +61,8 @@ class EigenvalueBoundaryTest : public testing::Test {
   static std::vector<EigenvalueResult> compute(GoldenCase& tiny, const EigenvalueConfig& config,
                                                std::span<const Batch> micro_batches,
                                                std::int64_t step, Communicator& communicator) {
-    ModelHessian hessian(tiny.backend, communicator, tiny.model, tiny.store, micro_batches);
+    ModelHessian hessian(tiny.backend, communicator, tiny.model, tiny.store,
+                         tiny.store.views(tiny.store.gradient()), micro_batches);
     EigenvalueBoundary boundary(config, kSeed, tiny.backend, communicator, tiny.store);
     return boundary.compute(hessian, step);
   }
