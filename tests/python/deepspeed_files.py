@@ -89,27 +89,41 @@ class Run:
     groups: int = 1
     old: bool = False  # as release 0.6 wrote it
     elastic: bool = False
+    skipped_steps: int = SKIPPED
     optimizer: str = "fused"  # stage 0 in half precision: "fused" or "unfused"
     frozen: bool = True
     masters: dict = field(default_factory=dict)
     exp_avg: dict = field(default_factory=dict)
     exp_avg_sq: dict = field(default_factory=dict)
     module: dict = field(default_factory=dict)
+    step: int = STEP
+    global_steps: int = GLOBAL_STEPS
 
     def __post_init__(self):
         generator = np.random.default_rng(5)
-        for name, shape in SHAPES.items():
-            self.masters[name] = generator.normal(0, 1, shape).astype(np.float32)
-            self.exp_avg[name] = generator.normal(0, 1, shape).astype(np.float32)
-            self.exp_avg_sq[name] = generator.random(shape).astype(np.float32)
-        self.module = {name: self.half(array) for name, array in self.masters.items()}
+        if not self.masters:
+            for name, shape in SHAPES.items():
+                self.masters[name] = generator.normal(0, 1, shape).astype(np.float32)
+                self.exp_avg[name] = generator.normal(0, 1, shape).astype(np.float32)
+                self.exp_avg_sq[name] = generator.random(shape).astype(np.float32)
+            self.module = self.make_module(generator)
+        else:
+            self.module = {name: self.half(array) for name, array in self.masters.items()}
+
+    @property
+    def shapes(self) -> dict:
+        return {name: array.shape for name, array in self.masters.items()}
+
+    def make_module(self, generator) -> dict:
+        module = {name: self.half(array) for name, array in self.masters.items()}
         if self.frozen:
             for name, shape in FROZEN.items():
-                self.module[name] = self.half(generator.normal(0, 1, shape).astype(np.float32))
+                module[name] = self.half(generator.normal(0, 1, shape).astype(np.float32))
         for name, source in TIED.items():
-            self.module[name] = self.module[source]
-        self.module["position_ids"] = torch.arange(6)
-        self.module["scale"] = self.half(np.full(3, 1.5, np.float32))
+            module[name] = module[source]
+        module["position_ids"] = torch.arange(6)
+        module["scale"] = self.half(np.full(3, 1.5, np.float32))
+        return module
 
     def half(self, array):
         return torch.from_numpy(array.copy()).to(DTYPES[self.dtype])
@@ -117,10 +131,10 @@ class Run:
     @property
     def names(self) -> list[list[str]]:
         if self.groups == 1:
-            return [list(SHAPES)]
+            return [list(self.shapes)]
         return [
-            [name for name, shape in SHAPES.items() if len(shape) > 1],
-            [name for name, shape in SHAPES.items() if len(shape) == 1],
+            [name for name, shape in self.shapes.items() if len(shape) > 1],
+            [name for name, shape in self.shapes.items() if len(shape) == 1],
         ]
 
     def expected_weights(self) -> dict:
@@ -149,10 +163,10 @@ class Run:
             "buffer_names": ["position_ids", "scale"],
             "optimizer": self.whole_optimizer() if self.stage == 0 else None,
             "param_shapes": None,
-            "lr_scheduler": {"last_batch_iteration": GLOBAL_STEPS - 1},
+            "lr_scheduler": {"last_batch_iteration": self.global_steps - 1},
             "sparse_tensor_module_names": set(),
-            "skipped_steps": SKIPPED,
-            "global_steps": GLOBAL_STEPS,
+            "skipped_steps": self.skipped_steps,
+            "global_steps": self.global_steps,
             "global_samples": 40,
             "dp_world_size": self.ranks,
             "mp_world_size": 1,
@@ -166,12 +180,13 @@ class Run:
         }
         if self.stage > 0:
             state["param_shapes"] = [
-                OrderedDict((name, torch.Size(SHAPES[name])) for name in names)
+                OrderedDict((name, torch.Size(self.shapes[name])) for name in names)
                 for names in self.names
             ]
         if self.stage > 0 and not self.old:
-            state["shared_params"] = dict(TIED)
-            frozen = {name: self.module[name] for name in FROZEN} if self.stage == 2 else {}
+            state["shared_params"] = {name: TIED[name] for name in TIED if name in self.module}
+            frozen = {name: self.module[name] for name in FROZEN if name in self.module}
+            frozen = frozen if self.stage == 2 else {}
             state["frozen_param_fragments"] = OrderedDict(frozen)
         return state
 
@@ -193,7 +208,7 @@ class Run:
     def optimizer_states(self, rank: int) -> dict:
         states = [
             {
-                "step": torch.tensor(float(STEP)),
+                "step": torch.tensor(float(self.step)),
                 "exp_avg": self.slice(self.exp_avg, group, rank, not self.elastic),
                 "exp_avg_sq": self.slice(self.exp_avg_sq, group, rank, not self.elastic),
             }
@@ -238,7 +253,7 @@ class Run:
                     else torch.from_numpy(arrays[piece[0]].copy())
                     for key, arrays in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq))
                 }
-                states[len(states)] = {"step": STEP, **moments}
+                states[len(states)] = {"step": self.step, **moments}
             groups.append({"lr": 0.01, "params": list(range(first, len(states)))})
         base = {"state": states, "param_groups": groups}
         if self.dtype == "f32":
