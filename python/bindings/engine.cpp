@@ -20,11 +20,12 @@ namespace {
 class PythonEngine {
  public:
   PythonEngine(const std::string& model_dir, const std::string& head, std::int64_t num_labels,
-               const CompletedConfig& config, Communicator& communicator)
+               const CompletedConfig& config, Communicator& communicator,
+               const std::string& device)
       : communicator_(communicator), head_{parse_head_type(head), num_labels} {
     const py::gil_scoped_release release;
     model_config_ = model_config_with_head(read_model_config(model_dir), head_, {});
-    engine_ = make_engine(model_dir, head_, config, communicator);
+    engine_ = make_engine(model_dir, head_, config, communicator, device);
   }
 
   Updater& updater() { return engine_->updater(); }
@@ -89,9 +90,9 @@ void bind_engine(py::module_& module) {
   py::class_<PythonEngine> engine(module, "Engine");
   engine
       .def(py::init<const std::string&, const std::string&, std::int64_t, const CompletedConfig&,
-                    Communicator&>(),
+                    Communicator&, const std::string&>(),
            py::arg("model_dir"), py::arg("head"), py::arg("num_labels"), py::arg("config"),
-           py::arg("communicator"), py::keep_alive<1, 6>())
+           py::arg("communicator"), py::arg("device") = "cpu", py::keep_alive<1, 6>())
       .def_property_readonly("num_layers", &PythonEngine::num_layers)
       .def("train_batch", &PythonEngine::train_batch, py::arg("micro_batches"))
       .def("evaluate", &PythonEngine::evaluate, py::arg("batch"))

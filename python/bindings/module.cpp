@@ -13,4 +13,8 @@ PYBIND11_MODULE(_core, module) {
   bind_engine(module);
   bind_updater(module);
   module.def("cpu_isa", &bitfall::cpu_isa);
+  module.def("choose_device", [](const std::string& wanted) {
+    const bitfall::DeviceChoice choice = bitfall::choose_device(wanted);
+    return pybind11::make_tuple(choice.device, choice.reason);
+  });
 }

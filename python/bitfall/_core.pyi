@@ -118,6 +118,7 @@ class Engine:
         num_labels: int,
         config: CompletedConfig,
         communicator: Communicator,
+        device: str = "cpu",  # or "cuda"
     ) -> None: ...
     num_layers: int
     global_step: int
@@ -200,3 +201,5 @@ def quantize(
     """(codes, scales [groups], zero_points [groups]); value = (code + zero_point) * scale."""
 
 def cpu_isa() -> str: ...
+def choose_device(wanted: str) -> tuple[str, str]:
+    """("cpu" or "cuda", what was found). `wanted` is "auto", "cpu" or "cuda"."""

@@ -28,6 +28,7 @@ LR_SCHEDULER_TYPES = (
     "inverse_sqrt",
 )
 STRATEGIES = ("no", "steps", "epoch")
+DEVICES = ("auto", "cpu", "cuda")
 ALIASES = {"eval_strategy": ["--evaluation_strategy"]}
 TRUE_WORDS = ("yes", "true", "t", "y", "1")
 FALSE_WORDS = ("no", "false", "f", "n", "0")
@@ -72,6 +73,7 @@ class GlueArguments:
     seed: int = _flag(42, "of data order, dropout and the new head", minimum=0)
     fp16: bool = _flag(False, "compute in fp16 with loss scaling")
     bf16: bool = _flag(False, "compute in bf16")
+    device: str = _flag("auto", "where to compute; auto: a GPU if one is usable", choices=DEVICES)
     overwrite_output_dir: bool = _flag(False, "train into an output folder that is not empty")
     logging_steps: float = _flag(500, "log every N steps, or share of all steps", minimum=0.0)
     eval_strategy: str = _flag("no", "when to evaluate in training", choices=STRATEGIES)

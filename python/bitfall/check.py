@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from bitfall._core import Communicator, CompletedConfig
+    from bitfall.device import DeviceChoice
 
 EPILOG = """The flags are those of 'bitfall glue': they fill "auto", and contradictions show.
 
@@ -30,14 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Prints the completed config. Raises ConfigError for what training would refuse."""
     from bitfall import _core
+    from bitfall.device import choose_device
     from bitfall.flag_values import complete_config
 
     parsed = _training_arguments(args)
     communicator = _core.make_communicator()
     steps = max(parsed.max_steps, 1)
     config, _ = complete_config(parsed, communicator.world_size, lambda _: steps)
+    device = choose_device(parsed.device, communicator)
     if communicator.rank == 0:
-        print("\n".join(_report(args.config, config, communicator)))
+        print("\n".join(_report(args.config, config, communicator, device)))
     return 0
 
 
@@ -54,7 +57,9 @@ def _training_arguments(args: argparse.Namespace) -> arguments.GlueArguments:
     )
 
 
-def _report(path: str, config: CompletedConfig, communicator: Communicator) -> Iterator[str]:
+def _report(
+    path: str, config: CompletedConfig, communicator: Communicator, device: DeviceChoice
+) -> Iterator[str]:
     yield f"{path}: accepted"
     rows = [
         (key, *_value_and_origin(value, config.origins.get(key, "")))
@@ -69,7 +74,7 @@ def _report(path: str, config: CompletedConfig, communicator: Communicator) -> I
         section = _section(key)
         yield f"  {key:<{widths[0]}}  {value:<{widths[1]}}  {origin}".rstrip()
     yield ""
-    yield from _machine(config, communicator)
+    yield from _machine(config, communicator, device)
     for warning in config.warnings:
         yield f"warning: {warning}"
 
@@ -84,10 +89,13 @@ def _section(key: str) -> str:
     return key.split(".")[0] if "." in key else ""
 
 
-def _machine(config: CompletedConfig, communicator: Communicator) -> Iterator[str]:
+def _machine(
+    config: CompletedConfig, communicator: Communicator, device: DeviceChoice
+) -> Iterator[str]:
     from bitfall import _core
 
     yield f"computes in      {config.compute_dtype}"
+    yield f"device           {device.device}: {device.reason}"
     yield f"CPU kernels      {_core.cpu_isa()}"
     if communicator.world_size > 1:
         processes = f"{communicator.world_size} (MPI)"

@@ -17,6 +17,7 @@ from bitfall.batches import BatchPlan
 from bitfall.checkpoints import checkpoint_to_resume, clear_earlier_run
 from bitfall.cli import INTERRUPTED
 from bitfall.data import TokenizedData, tokenize
+from bitfall.device import choose_device
 from bitfall.distributed import abort_on_error
 from bitfall.evaluation import evaluate, run_model
 from bitfall.flag_values import complete_config
@@ -73,12 +74,15 @@ class FineTuning:
                 f"{self.model_dir}: no classifier in it; its scores will be those of a random one",
                 stacklevel=1,
             )
+        device, reason = choose_device(self.arguments.device, self.communicator)
+        self.progress.message(f"device {device}: {reason}")
         self.engine = _core.Engine(
             str(self.model_dir),
             "regression" if self.problem.is_regression else "classification",
             self.problem.num_labels,
             self.config,
             self.communicator,
+            device,
         )
         if self.arguments.do_train:
             return self._train_and_report()
