@@ -227,6 +227,31 @@ TEST_F(EngineTest, ConfigMustFitTheModel) {
   EXPECT_THAT(error_of(with(R"("quantize_groups": 7)")), HasSubstr("quantize_groups = 7"));
 }
 
+TEST_F(EngineTest, ZeroWithOneRankChangesNothing) {
+  const std::string config = R"("train_batch_size": 4, "gradient_accumulation_steps": 2,
+      "gradient_clipping": 0.5, "bf16": {"enabled": true}, )" +
+                             kQuantize + "}";
+  const auto expected = make(config, {.dropout = 0.1f});
+  std::vector<std::unique_ptr<Engine>> sliced;
+  for (const char* stage : {"1", "2"}) {
+    sliced.push_back(
+        make(config + R"(, "zero_optimization": {"stage": )" + stage + "}", {.dropout = 0.1f}));
+  }
+  for (int step = 0; step < 5; ++step) {
+    const std::vector<Batch> batches = {tiny_batch(4 * step, 2), tiny_batch(4 * step + 2, 2, 2)};
+    const StepResult result = expected->train_batch(batches);
+    for (const auto& engine : sliced) {
+      const StepResult seen = engine->train_batch(batches);
+      EXPECT_EQ(seen.loss, result.loss);
+      EXPECT_EQ(seen.grad_norm, result.grad_norm);
+    }
+  }
+  for (const auto& engine : sliced) {
+    EXPECT_TRUE(test::same_bits(masters(*engine), masters(*expected)));
+    EXPECT_EQ(engine->updater().memory_bytes(), expected->updater().memory_bytes());
+  }
+}
+
 TEST_F(EngineTest, WrongMicroBatchesAreRefused) {
   const auto engine = make(R"("train_batch_size": 4, "gradient_accumulation_steps": 2)");
   EXPECT_THROW(engine->train_batch(std::vector<Batch>(3, tiny_batch(0, 2))), ShapeError);

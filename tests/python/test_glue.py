@@ -198,11 +198,11 @@ def test_two_ranks_equal_one(tiny_model_dir: Path, sentiment_files, tmp_path: Pa
     mpirun = shutil.which("mpirun")
     if mpirun is None:
         pytest.skip("mpirun is not installed")
-    config = tmp_path / "ds.json"
-    config.write_text(json.dumps(MOQ))
     losses = {}
-    for ranks in (1, 2):
-        out = tmp_path / f"out{ranks}"
+    for ranks, stage in ((1, 0), (2, 0), (2, 2)):
+        config = tmp_path / "ds.json"
+        config.write_text(json.dumps({**MOQ, "zero_optimization": {"stage": stage}}))
+        out = tmp_path / f"out{ranks}{stage}"
         flags = base_flags(tiny_model_dir, sentiment_files, out)
         flags += ["--per_device_train_batch_size", 16 // ranks, "--deepspeed", config]
         flags += ["--max_steps", 20]
@@ -213,9 +213,12 @@ def test_two_ranks_equal_one(tiny_model_dir: Path, sentiment_files, tmp_path: Pa
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("step 20/20") == 1  # one log, from rank 0
-        losses[ranks] = [event["loss"] for event in events(out, "step")]
-    assert losses[2] == pytest.approx(losses[1], rel=1e-3)
-    assert losses[2][0] == pytest.approx(losses[1][0], rel=1e-6)
+        losses[ranks, stage] = [event["loss"] for event in events(out, "step")]
+        for name in ("model.safetensors", "quantized.safetensors", "master/model.safetensors"):
+            assert (out / name).is_file()
+    assert losses[2, 0] == pytest.approx(losses[1, 0], rel=1e-3)
+    assert losses[2, 0][0] == pytest.approx(losses[1, 0][0], rel=1e-6)
+    assert losses[2, 2] == pytest.approx(losses[2, 0], rel=1e-6)
 
 
 def test_error_on_any_rank_ends_all(tiny_model_dir: Path, sentiment_files, tmp_path: Path):
