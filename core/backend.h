@@ -37,6 +37,9 @@ enum class Activation { gelu, gelu_tanh, relu, tanh };
 struct AttentionShape {
   std::int64_t num_attention_heads = 1;
   std::int64_t head_size = 64;
+  /// [B] s32 (host readable on CPU): 1..length, how many of its first tokens a sequence attends to,
+  /// or empty for all. The others are padding whose own output is wanted.
+  Tensor key_lengths = {};
 };
 
 /// y = dropout_out(norm(dropout_in(x) + residual)), norm(s) = (s - mean) / sqrt(var + eps) * gamma

@@ -19,6 +19,9 @@ struct Batch {
   std::vector<std::int32_t> token_type_ids;   ///< [T], or empty for all zeros
   std::vector<std::int32_t> position_ids;     ///< [T], or empty for 0, 1, ... in each sequence
   std::vector<std::int32_t> sequence_starts;  ///< [B+1], first 0, last T, strictly increasing
+  /// [B] how many of its first tokens each sequence attends to, or empty for all: what follows is
+  /// padding whose output is wanted nevertheless.
+  std::vector<std::int32_t> key_lengths;
   std::vector<std::int32_t> sample_keys;   ///< [B] identity of each sample in its step, for dropout
   std::vector<std::int32_t> class_labels;  ///< [B], classification; empty without labels
   std::vector<float> regression_labels;    ///< [B], regression

@@ -92,6 +92,9 @@ void check_attention(const char* operation, const AttentionShape& shape, const T
   check_tensor(operation, "log_sum_exp", log_sum_exp, DType::f32,
                {tokens, shape.num_attention_heads});
   check_dtype(operation, "sequence_starts", sequence_starts, DType::s32);
+  if (shape.key_lengths)
+    check_tensor(operation, "key_lengths", shape.key_lengths, DType::s32,
+                 {sequence_starts.numel() - 1});
   if (dropout.enabled())
     check_tensor(operation, "sample_keys", sample_keys, DType::s32, {sequence_starts.numel() - 1});
 }

@@ -26,6 +26,10 @@ struct AttentionTensors {
     return {sequence_starts.as<const std::int32_t>(),
             static_cast<std::size_t>(sequence_starts.numel())};
   }
+  std::int64_t length(std::int64_t b) const { return starts()[b + 1] - starts()[b]; }
+  std::int64_t key_length(std::int64_t b) const {
+    return shape.key_lengths ? shape.key_lengths.as<const std::int32_t>()[b] : length(b);
+  }
 };
 
 /// The dropout row of head a and query q is (a << 16) | q, so both must fit 16 bits.
@@ -61,6 +65,12 @@ std::int64_t check_attention(const char* operation, const AttentionTensors& t,
                   t.log_sum_exp);
   const std::int64_t tokens = t.qkv.shape[0];
   const std::int64_t longest = check_starts(operation, t.starts(), tokens);
+  for (std::int64_t b = 0; b < t.num_sequences(); ++b) {
+    check<ShapeError>(
+        t.key_length(b) >= std::min<std::int64_t>(1, t.length(b)) && t.key_length(b) <= t.length(b),
+        operation, ": key_lengths[", b, "] = ", t.key_length(b), ", expected 1..", t.length(b),
+        ", the tokens of its sequence");
+  }
   if (dropout.enabled()) check_dropout_rows(operation, t, longest);
   return longest;
 }
@@ -102,7 +112,8 @@ AttentionHead make_head(const AttentionTensors& t, const Dropout& dropout, std::
   const std::int64_t a = unit % t.shape.num_attention_heads;
   const std::int64_t row = t.starts()[b], hidden = t.hidden_size();
   AttentionHead head;
-  head.length = t.starts()[b + 1] - row;
+  head.length = t.length(b);
+  head.key_length = t.key_length(b);
   head.head_size = t.shape.head_size;
   head.qkv_stride = 3 * hidden;
   head.out_stride = hidden;

@@ -20,6 +20,17 @@ void check_range(const char* what, const std::vector<std::int32_t>& values, std:
   }
 }
 
+void check_key_lengths(const Batch& batch) {
+  if (batch.key_lengths.empty()) return;
+  check_size("key_lengths", batch.key_lengths, batch.num_sequences());
+  for (std::size_t b = 0; b < batch.key_lengths.size(); ++b) {
+    const std::int32_t length = batch.sequence_starts[b + 1] - batch.sequence_starts[b];
+    check<ShapeError>(batch.key_lengths[b] >= 1 && batch.key_lengths[b] <= length,
+                      "batch.key_lengths[", b, "] = ", batch.key_lengths[b], ": expected 1..",
+                      length, ", the tokens of its sequence");
+  }
+}
+
 void copy_in(Backend& backend, const std::vector<std::int32_t>& values, const Tensor& destination) {
   // Tensor is a view for reading and writing; as a source it is only read.
   void* const data = const_cast<std::int32_t*>(values.data());
@@ -43,6 +54,7 @@ void check_batch(const Batch& batch, const EncoderConfig& config) {
                       config.max_position_embeddings, " (max_position_embeddings of the model)");
   }
   check_size("sample_keys", batch.sample_keys, batch.num_sequences());
+  check_key_lengths(batch);
   check_range("input_ids", batch.input_ids, config.vocab_size, "vocab_size");
   if (!batch.token_type_ids.empty()) {
     check_size("token_type_ids", batch.token_type_ids, batch.num_tokens());
@@ -63,6 +75,7 @@ void EncoderBatch::plan(Workspace& workspace, const Batch& batch) {
   };
   ids = {integers({num_tokens}), integers({num_tokens}), integers({num_tokens})};
   sequence_starts = integers({num_sequences + 1});
+  key_lengths = batch.key_lengths.empty() ? Tensor() : integers({num_sequences});
   sample_keys = integers({num_sequences});
   row_keys = integers({num_tokens, 2});
   first_tokens = integers({num_sequences});
@@ -93,6 +106,7 @@ void EncoderBatch::upload(Backend& backend, const Batch& batch) const {
     copy_in(backend, batch.token_type_ids, ids.token_type_ids);
   }
   copy_in(backend, batch.sequence_starts, sequence_starts);
+  if (key_lengths) copy_in(backend, batch.key_lengths, key_lengths);
   copy_in(backend, batch.sample_keys, sample_keys);
   copy_in(backend, keys, row_keys);
   copy_in(backend, batch.sequence_starts, first_tokens);

@@ -17,6 +17,7 @@ struct EncoderBatch {
   std::int64_t num_sequences = 0;  ///< B
   EmbeddingIds ids;                ///< [T] each
   Tensor sequence_starts;          ///< [B+1]
+  Tensor key_lengths;              ///< [B], empty unless given
   Tensor sample_keys;              ///< [B]
   Tensor row_keys;                 ///< [T, 2] {sample_key, position}
   Tensor first_tokens;             ///< [B] row of the first token of each sequence

@@ -139,8 +139,9 @@ Tensor EncoderLayer::attention_forward(const EncoderPass& pass) {
   Backend& backend = pass.backend;
   const EncoderBatch& batch = pass.batch;
   backend.linear_forward(input_, weights_.qkv_weight, weights_.qkv_bias, saved_.qkv);
-  backend.attention_forward(attention_shape(), saved_.qkv, batch.sequence_starts, batch.sample_keys,
-                            attention_probs_dropout(pass), saved_.context, saved_.log_sum_exp);
+  backend.attention_forward(attention_shape(pass), saved_.qkv, batch.sequence_starts,
+                            batch.sample_keys, attention_probs_dropout(pass), saved_.context,
+                            saved_.log_sum_exp);
   Tensor residual = input_;
   if (rows_ == OutputRows::first_token) {
     residual = pass.scratch.rows;
@@ -259,7 +260,7 @@ void EncoderLayer::attention_backward(const EncoderPass& pass, Differentiate wha
                                       const Tensor& d_input) {
   Backend& backend = pass.backend;
   const Tensor d_qkv = first_part(pass.scratch.wide, saved_.qkv.shape);
-  backend.attention_backward(attention_shape(), d_context, saved_.qkv, saved_.context,
+  backend.attention_backward(attention_shape(pass), d_context, saved_.qkv, saved_.context,
                              saved_.log_sum_exp, pass.batch.sequence_starts, pass.batch.sample_keys,
                              attention_probs_dropout(pass), d_qkv);
   if (what != Differentiate::input_only) {

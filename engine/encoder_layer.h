@@ -70,8 +70,8 @@ class EncoderLayer {
   };
 
   static Tensors group(std::span<const Tensor> tensors);
-  AttentionShape attention_shape() const {
-    return {config_.num_attention_heads, config_.head_size()};
+  AttentionShape attention_shape(const EncoderPass& pass) const {
+    return {config_.num_attention_heads, config_.head_size(), pass.batch.key_lengths};
   }
   Dropout attention_probs_dropout(const EncoderPass& pass) const;
   Dropout attention_output_dropout(const EncoderPass& pass) const;

@@ -77,7 +77,7 @@ void forward_head(const AttentionHead& head, void* scratch) {
     float inverse_sums[kBlockRows];
     for (std::int64_t row = 0; row < rows; ++row) {
       float* scores = buffers.scores + row * n.score_stride;
-      mask_padding(scores, n.length, n.score_vectors);
+      mask_padding(scores, head.key_length, n.score_vectors);
       const RowSoftmax result =
           softmax_row<Format>(scores, n.score_vectors, scale, first + row, multipliers);
       head.log_sum_exp[(first + row) * head.lse_stride] = result.log_sum_exp;
@@ -216,7 +216,9 @@ struct Backward {
     float* dprobabilities = buffers.dprobabilities + row * stride;
     Word* across = probabilities_across() + row * stride;
     Word* dscores_words = dscores_across() + row * stride;
-    for (int i = 0; i < kPerWord; ++i) mask_padding(scores + i * stride, n.length, n.score_vectors);
+    for (int i = 0; i < kPerWord; ++i) {
+      mask_padding(scores + i * stride, head.key_length, n.score_vectors);
+    }
     for (std::int64_t column = 0; column < columns; column += kLanes) {
       Floats kept[kPerWord], dscores[kPerWord];
 #pragma GCC unroll 2

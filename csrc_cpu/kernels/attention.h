@@ -13,6 +13,7 @@ namespace bitfall {
 /// between rows. Pointers stand at the first row of the sequence and the first column of the head.
 struct AttentionHead {
   std::int64_t length = 0;
+  std::int64_t key_length = 0;  ///< 1..length: keys and values behind have probability 0
   std::int64_t head_size = 0;
   std::int64_t qkv_stride = 0;  ///< of q, k, v, dq, dk, dv
   std::int64_t out_stride = 0;  ///< of out, dout

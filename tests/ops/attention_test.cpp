@@ -15,6 +15,7 @@ struct Sample {
   AttentionShape shape;
   std::vector<std::int32_t> lengths, keys;
   Dropout dropout;
+  std::vector<std::int32_t> key_lengths = {};  ///< empty: all
 
   std::int64_t hidden() const { return shape.num_attention_heads * shape.head_size; }
   std::vector<std::int32_t> starts() const {
@@ -23,6 +24,9 @@ struct Sample {
     return result;
   }
   std::int64_t tokens() const { return starts().back(); }
+  std::int32_t key_length(std::size_t b) const {
+    return key_lengths.empty() ? lengths[b] : key_lengths[b];
+  }
 };
 
 Sample make_sample(std::int64_t heads, std::int64_t head_size, std::vector<std::int32_t> lengths,
@@ -61,9 +65,9 @@ struct Reference {
   }
 
   void query(std::size_t b, std::int64_t a, std::int64_t q, const Doubles* dout) {
-    const std::int64_t first = s_.starts()[b], length = s_.lengths[b], head = s_.shape.head_size;
+    const std::int64_t first = s_.starts()[b], head = s_.shape.head_size;
     const double scale = 1 / std::sqrt(static_cast<double>(head));
-    const auto n = static_cast<std::size_t>(length);
+    const auto n = static_cast<std::size_t>(s_.key_length(b));
     Doubles p(n), kept(n), dp(n, 0);
     double sum = 0;
     for (std::size_t k = 0; k < n; ++k) {
@@ -119,8 +123,10 @@ class AttentionTest : public BackendTest {
     const Results r{zeros({s.tokens(), s.hidden()}, dtype()),
                     zeros({s.tokens(), s.shape.num_attention_heads}, DType::f32),
                     zeros(qkv.shape, dtype())};
-    backend().attention_forward(s.shape, qkv, starts, keys, s.dropout, r.out, r.log_sum_exp);
-    backend().attention_backward(s.shape, dout, qkv, r.out, r.log_sum_exp, starts, keys, s.dropout,
+    AttentionShape shape = s.shape;
+    if (!s.key_lengths.empty()) shape.key_lengths = integers({keys.numel()}, s.key_lengths);
+    backend().attention_forward(shape, qkv, starts, keys, s.dropout, r.out, r.log_sum_exp);
+    backend().attention_backward(shape, dout, qkv, r.out, r.log_sum_exp, starts, keys, s.dropout,
                                  r.dqkv);
     return r;
   }
@@ -183,6 +189,12 @@ TEST_P(AttentionTest, MatchesReferenceForAnyHeadSize) {
     expect_reference(make_sample(3, head_size, {33, 1, 130}, 0.25f));
     expect_reference(make_sample(1, head_size, {5, 18}, 0.0f));
   }
+}
+
+TEST_P(AttentionTest, TokensBehindTheKeyLengthAttendButAreNotAttendedTo) {
+  Sample s = make_sample(2, 32, {40, 1, 130, 16, 33}, 0.1f);
+  s.key_lengths = {7, 1, 129, 16, 1};
+  expect_reference(s);
 }
 
 TEST_P(AttentionTest, DropoutFollowsDropoutBits) {
@@ -286,6 +298,10 @@ TEST_P(AttentionTest, RefusesWhatDoesNotFit) {
   }
   EXPECT_THROW(forward(shape, zeros({5, 24}, DType::s32), starts, keys, off, out, lse),
                UnsupportedError);
+  for (const std::vector<std::int32_t>& bad : {std::vector<std::int32_t>{0, 3}, {3, 3}, {2, -1}}) {
+    EXPECT_THROW(forward({2, 4, integers({2}, bad)}, qkv, starts, keys, off, out, lse), ShapeError);
+  }
+  EXPECT_THROW(forward({2, 4, integers({1}, {2})}, qkv, starts, keys, off, out, lse), ShapeError);
   const Tensor dout = zeros({4, 8}, dtype());
   EXPECT_THROW(backend().attention_backward(shape, dout, qkv, out, lse, starts, keys, off, qkv),
                ShapeError);
