@@ -15,6 +15,8 @@ root, and installs bitfall into it. What is already there is kept: a second call
   --help        this text
 
 PYTHON names the interpreter of the virtual environment (3.11 or newer; default: python3).
+BITFALL_CUDA=ON, OFF or AUTO decides whether the CUDA backend is built (minutes of nvcc); default:
+AUTO where an NVIDIA driver is installed, otherwise OFF.
 TEXT
 }
 
@@ -113,26 +115,27 @@ Remove .venv and start again with PYTHON=/path/to/python3.11"
 source_stamp() {
   {
     echo "$*"
-    find CMakeLists.txt pyproject.toml cmake core quantizer eigen_sched csrc_cpu engine python \
+    find CMakeLists.txt pyproject.toml cmake core quantizer eigen_sched csrc_cpu csrc_cuda engine python \
       -type f -not -path '*/__pycache__/*' -not -name '*.so' -print0 | sort -z | xargs -0 sha256sum
   } | sha256sum
 }
 
 install_bitfall() {
-  local joined stamp
+  local joined stamp cuda
   joined=$(IFS=, && echo "$*")
-  stamp=$(source_stamp "$joined")
+  cuda=${BITFALL_CUDA:-$(command -v nvidia-smi >/dev/null && echo AUTO || echo OFF)}
+  stamp=$(source_stamp "$joined" "$cuda")
   if [[ -f .venv/bitfall.stamp && $(<.venv/bitfall.stamp) == "$stamp" ]]; then
     echo "bitfall: built and installed already, nothing changed"
     return
   fi
   echo "bitfall: building and installing into .venv (a few minutes the first time)"
-  local launcher=()
+  local settings=("--config-settings=cmake.define.BITFALL_CUDA=$cuda")
   if command -v ccache >/dev/null; then
-    launcher=(--config-settings=cmake.define.CMAKE_CXX_COMPILER_LAUNCHER=ccache)
+    settings+=(--config-settings=cmake.define.CMAKE_CXX_COMPILER_LAUNCHER=ccache)
   fi
   mkdir -p build
-  .venv/bin/python -m pip install "${launcher[@]}" ".${joined:+[$joined]}" >build/install.log 2>&1 || {
+  .venv/bin/python -m pip install "${settings[@]}" ".${joined:+[$joined]}" >build/install.log 2>&1 || {
     tail -n 40 build/install.log >&2
     fail "pip install failed; its whole output is in build/install.log.
 If pip reached no package index: connect, or name a mirror with pip config, and start again."
