@@ -11,6 +11,7 @@ void bind_schedule(pybind11::module_& module);
 void bind_quantize(pybind11::module_& module);
 void bind_communicator(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
+void bind_native_encoder(pybind11::module_& module);
 void bind_updater(pybind11::module_& module);
 
 }  // namespace bitfall::python

@@ -11,6 +11,7 @@ PYBIND11_MODULE(_core, module) {
   bind_quantize(module);
   bind_communicator(module);
   bind_engine(module);
+  bind_native_encoder(module);
   bind_updater(module);
   module.def("cpu_isa", &bitfall::cpu_isa);
   module.def("choose_device", [](const std::string& wanted) {

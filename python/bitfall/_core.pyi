@@ -1,6 +1,6 @@
 """The C++ engine as Python sees it (pybind11 module). Arrays are numpy arrays; errors are the classes below."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -147,6 +147,39 @@ class Engine:
     def timings(self) -> dict[str, float]:
         """Seconds since the last call by phase: forward, backward, all_reduce, update, quantize, eigenvalues."""
 
+class NativePass:
+    """One forward pass whose activations wait for its backward pass."""
+
+    def backward(self, d_output: tuple[int, str, tuple[int, ...]]) -> None:
+        """Adds to the bound gradients. Once; raises TrainingError for a second time."""
+
+class NativeEncoder:
+    """The BERT encoder without pooler over memory of others, given as (data pointer, dtype, shape) of contiguous
+    tensors on `device` that the caller keeps alive; dtype is "f32", "bf16" or "f16"."""
+
+    def __init__(self, config: str, device: str, padding_idx: int | None) -> None:
+        """`config`: text of a config.json. Tokens `padding_idx` leave the gradient of their embedding alone."""
+    def parameters(self) -> list[tuple[str, tuple[int, ...], int, bool]]:
+        """(name, shape, block or -1, right behind its predecessor) in the order of bind()."""
+    def bind(
+        self,
+        weights: Sequence[tuple[int, str, tuple[int, ...]]],
+        gradients: Sequence[tuple[int, str, tuple[int, ...]]],
+    ) -> None:
+        """Weights of one dtype and f32 gradients. Raises ShapeError that names what does not fit."""
+    def forward(
+        self,
+        input_ids: npt.NDArray[np.int64],  # [B, S], as the next three
+        attention_mask: npt.NDArray[np.int64] | None,
+        token_type_ids: npt.NDArray[np.int64] | None,
+        position_ids: npt.NDArray[np.int64] | None,
+        rows: str,  # "first_token" or "all_tokens"
+        padding: str,  # "removed" (its output is zeros) or "computed"
+        mode: str,  # "train" (dropout), "differentiate" or "evaluate" (nothing is kept)
+        seed: int,  # of dropout
+        output: tuple[int, str, tuple[int, ...]],  # [B, H] for "first_token", else [B * S, H]
+    ) -> NativePass | None:
+        """Writes `output`. Raises UnsupportedError for masks that it cannot run, ShapeError for ids out of range."""
 class Updater:
     """The engine's step over parameters that Python runs forward and backward. Every rank constructs it alike."""
 

@@ -1,100 +1,268 @@
-"""The native encoder under a transformers BertModel: which module qualifies, and where its
-parameters must lie."""
+"""The native encoder in place of a transformers BertModel's forward and backward.
+
+`install` replaces the forward of the BertModel inside any module. Its calls then run in C++ on the
+parameters' own memory, as one node of the autograd graph; gradients are added to the flat f32
+gradients that `install` was given. Pooler, heads and losses stay PyTorch's. Padding is not computed
+where the class around the BertModel is known to ignore it (sequence classification; tokens whose
+label is -100); its hidden states are then zeros, or NaN where only the first token is read.
+
+A call that the native encoder cannot run (hidden states or attentions wanted, embeddings given,
+masks that are no padding, autocast, hooks inside ...) runs in PyTorch, with a warning that says
+why.
+
+Dropout masks come from bitfall's counter-based generator, seeded by one number that each training
+call draws from PyTorch's: manual_seed, saved generator states and checkpointing work as ever, the
+masks themselves are others.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import contextlib
+import functools
+import inspect
+import types
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
 
-from bitfall.errors import InputError
+import torch
 
-if TYPE_CHECKING:
-    import torch
-
-NO_BLOCK = -1
-
-_EMBEDDINGS = (
-    "word_embeddings.weight",
-    "position_embeddings.weight",
-    "token_type_embeddings.weight",
-    "LayerNorm.weight",
-    "LayerNorm.bias",
-)
-_ADJACENT = (
-    "attention.self.key.weight",
-    "attention.self.value.weight",
-    "attention.self.key.bias",
-    "attention.self.value.bias",
-)
-_LAYER = (
-    "attention.self.query.weight",
-    "attention.self.key.weight",
-    "attention.self.value.weight",
-    "attention.self.query.bias",
-    "attention.self.key.bias",
-    "attention.self.value.bias",
-    "attention.output.dense.weight",
-    "attention.output.dense.bias",
-    "attention.output.LayerNorm.weight",
-    "attention.output.LayerNorm.bias",
-    "intermediate.dense.weight",
-    "intermediate.dense.bias",
-    "output.dense.weight",
-    "output.dense.bias",
-    "output.LayerNorm.weight",
-    "output.LayerNorm.bias",
+from bitfall import _core
+from bitfall.bridge import native_call
+from bitfall.bridge.native_selection import (
+    bert_models,
+    inner_reason,
+    native_config,
+    parameter_layout,
+    unsupported_reason,
 )
 
+__all__ = ["NativeEncoder", "disabled", "install", "parameter_layout", "unsupported_reason"]
 
-class ParameterPlacement(NamedTuple):
-    """Where one parameter lies in the flat buffers."""
+_ATTRIBUTE = "_bitfall_native_encoder"
+_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+# What the forward of these classes reads of the BertModel's output; others may read all of it.
+_READ_FIRST_TOKEN = (
+    "BertForSequenceClassification",
+    "BertForMultipleChoice",
+    "BertForNextSentencePrediction",
+)
+_READ_LABELLED_TOKENS = ("BertForTokenClassification", "BertForMaskedLM")
 
-    name: str  # as in module.named_parameters()
-    block: int  # index of the encoder layer, or NO_BLOCK
-    adjacent: bool  # right behind its predecessor (Placement::adjacent), else aligned
+_disabled: ContextVar[bool] = ContextVar("native_encoder_disabled", default=False)
 
 
-def parameter_layout(module: torch.nn.Module) -> list[ParameterPlacement]:
-    """The parameters that the native encoder runs, in its order.
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Runs every BertModel in PyTorch, for example for second derivatives."""
+    token = _disabled.set(True)
+    try:
+        yield
+    finally:
+        _disabled.reset(token)
 
-    The flat buffers must hold them one after the other as listed: embeddings, then one contiguous
-    block per layer with query, key and value adjacent. All other parameters of `module` (pooler,
-    heads) may lie before or behind them, in any order. Names are those of
-    module.named_parameters(), so a tied parameter (BertForMaskedLM's decoder) has one entry.
 
-    Raises InputError with unsupported_reason(module) if there is one.
+def install(module: torch.nn.Module, gradients: Mapping[str, torch.Tensor]) -> NativeEncoder:
+    """Runs the BertModel in `module` natively until uninstall().
+
+    `gradients`: for each name of parameter_layout(module) a contiguous f32 tensor of the
+    parameter's shape, to which every backward pass adds; query, key and value adjacent, as the
+    parameters. The parameters' own .grad is left alone. Weights are read where the parameters lie
+    at each call.
+
+    Raises InputError with unsupported_reason(module) if there is one, ShapeError if the memory of
+    parameters or gradients does not fit.
     """
-    reason = unsupported_reason(module)
-    if reason is not None:
-        raise InputError(f"native encoder: {reason}")
-    prefix, bert = _bert_models(module)[0]
-    layout = [
-        ParameterPlacement(f"{prefix}embeddings.{name}", NO_BLOCK, False) for name in _EMBEDDINGS
-    ]
-    for index in range(bert.config.num_hidden_layers):
-        layout += [
-            ParameterPlacement(f"{prefix}encoder.layer.{index}.{name}", index, name in _ADJACENT)
-            for name in _LAYER
+    layout = parameter_layout(module)
+    native = NativeEncoder(module, [gradients[placement.name] for placement in layout])
+    native.install()
+    return native
+
+
+class NativeEncoder:
+    """The native side of one BertModel; see the module's docstring."""
+
+    def __init__(self, module: torch.nn.Module, gradients: list[torch.Tensor]) -> None:
+        self.module = module
+        self.bert = bert_models(module)[0][1]
+        #: reason -> number of calls that ran in PyTorch
+        self.fallbacks: Counter[str] = Counter()
+        self.reads = native_call.EVERYTHING
+        self._parents: list[torch.nn.Module] = []
+        self._places = [
+            (module.get_submodule(placement.name.rpartition(".")[0]), placement.name)
+            for placement in parameter_layout(module)
         ]
-    return layout
+        self._signature = inspect.signature(type(self.bert).forward)
+        self._anchor = torch.empty(0, requires_grad=True)  # makes outputs part of the graph
+        self._gradients = gradients
+        self._bound: list[torch.Tensor] = []
+        self._pointers: list[int] = []
+        table = self.bert.embeddings.word_embeddings
+        device = table.weight.device.type
+        self.core = _core.NativeEncoder(native_config(self.bert), device, table.padding_idx)
+        self._bind(self.parameters())
+
+    def install(self) -> None:
+        _replace_forward(self.bert, self, NativeEncoder.forward)
+        for parent in self.module.modules():
+            known = type(parent).__name__ in (*_READ_FIRST_TOKEN, *_READ_LABELLED_TOKENS)
+            code = {type(parent).__module__, type(parent).forward.__module__}
+            if known and code == {type(self.bert).__module__} and "forward" not in vars(parent):
+                _replace_forward(parent, self, _run_parent)
+                self._parents.append(parent)
+
+    def uninstall(self) -> None:
+        """Gives the module its own forward back."""
+        for module in (self.bert, *self._parents):
+            if vars(module).pop(_ATTRIBUTE, None) is not None:
+                del module.forward
+        self._parents.clear()
+
+    def parameters(self) -> list[torch.Tensor]:
+        """In the order of parameter_layout, as they are now."""
+        return [getattr(owner, name.rpartition(".")[2]) for owner, name in self._places]
+
+    def forward(self, bert: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """bert.forward(*args, **kwargs), natively if that is possible."""
+        original = functools.partial(type(bert).forward, bert, *args, **kwargs)
+        if _disabled.get():
+            return original()
+        arguments = self._signature.bind(bert, *args, **kwargs).arguments
+        del arguments["self"]
+        arguments |= arguments.pop("kwargs", {})
+        reason = native_call.refusal(bert, arguments) or inner_reason(bert) or self._rebind()
+        if reason is None:
+            try:
+                return self._run(arguments)
+            except _core.UnsupportedError as error:
+                reason = str(error)
+        if reason not in self.fallbacks:
+            warnings.warn(f"BertModel runs in PyTorch for this call: {reason}", stacklevel=5)
+        self.fallbacks[reason] += 1
+        return original()
+
+    def _run(self, arguments: Mapping[str, Any]) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+        bert = self.bert
+        call = native_call.make_call(bert, arguments, self.reads)
+        states = _Encode.apply(self._anchor, self, call)
+        if self.reads is native_call.FIRST_TOKEN:
+            pooled = bert.pooler(states.unsqueeze(1))
+            unread = states.new_full((1, 1, 1), torch.nan)
+            states = unread.expand(*call.input_ids.shape, states.shape[-1])
+        else:
+            pooled = None if bert.pooler is None else bert.pooler(states)
+        output = BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=states, pooler_output=pooled
+        )
+        as_dict = arguments.get("return_dict")
+        as_dict = getattr(bert.config, "return_dict", True) if as_dict is None else as_dict
+        return output if as_dict else output.to_tuple()
+
+    def _rebind(self) -> str | None:
+        """Follows parameters that were moved; says why that is not possible."""
+        parameters = self.parameters()
+        if not all(parameter.requires_grad for parameter in parameters):
+            return "a parameter of the BertModel is frozen (requires_grad = False)"
+        if [parameter.data_ptr() for parameter in parameters] == self._pointers:
+            return None
+        try:
+            self._bind(parameters)
+        except _core.Error as error:
+            return str(error)
+        return None
+
+    def _bind(self, parameters: list[torch.Tensor]) -> None:
+        self.core.bind(
+            [describe(parameter) for parameter in parameters],
+            [describe(gradient) for gradient in self._gradients],
+        )
+        self._bound = [parameter.detach() for parameter in parameters]
+        self._pointers = [parameter.data_ptr() for parameter in parameters]
+
+    def output(self, call: native_call.Call) -> torch.Tensor:
+        """Memory for the output of a call."""
+        rows, columns = call.input_ids.shape
+        shape = (rows,) if call.rows == "first_token" else (rows, columns)
+        return self._bound[0].new_empty(*shape, self.bert.config.hidden_size)
+
+    def versions(self) -> int:
+        """Changes with every operation of PyTorch that writes to a parameter."""
+        return sum(parameter._version for parameter in self.parameters())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of the module runs in PyTorch: these gradients are those of the original."""
+
+    def __reduce__(self) -> Any:
+        return (type(None), ())
 
 
-def unsupported_reason(module: torch.nn.Module) -> str | None:
-    """Why the native encoder cannot run the BERT in `module`; None if it can."""
-    count = len(_bert_models(module))
-    if count != 1:
-        return f"the module holds {count or 'no'} transformers BertModel, expected one"
-    return None
+def describe(tensor: torch.Tensor) -> tuple[int, str, tuple[int, ...]]:
+    """A contiguous tensor for _core.NativeEncoder; the caller keeps it alive."""
+    if tensor.dtype not in _DTYPES or not tensor.is_contiguous():
+        raise _core.ShapeError(f"tensor of {tensor.dtype}, strides {tensor.stride()}")
+    return tensor.data_ptr(), _DTYPES[tensor.dtype], tuple(tensor.shape)
 
 
-def _bert_models(module: torch.nn.Module) -> list[tuple[str, Any]]:
-    """(prefix of its parameter names, BertModel) of each one in `module`."""
-    import sys
+class _Encode(torch.autograd.Function):
+    """Ids in, hidden states out; its backward adds the parameters' gradients to their memory."""
 
-    modeling = sys.modules.get("transformers.models.bert.modeling_bert")
-    if modeling is None:
-        return []
-    return [
-        (f"{name}." if name else "", child)
-        for name, child in module.named_modules()
-        if isinstance(child, modeling.BertModel)
-    ]
+    @staticmethod
+    def forward(
+        ctx: Any, _anchor: torch.Tensor, native: NativeEncoder, call: native_call.Call
+    ) -> torch.Tensor:
+        output = native.output(call)
+        ctx.native_pass = native.core.forward(*call, describe(output.flatten(0, -2)))
+        ctx.native, ctx.versions, ctx.bound = native, native.versions(), native._bound
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, d_output: torch.Tensor) -> tuple[None, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True: the native encoder has no second derivatives; run the forward "
+                "pass under bitfall.bridge.native_encoder.disabled()"
+            )
+        if ctx.native.versions() != ctx.versions:
+            raise RuntimeError(
+                "a parameter of the BertModel was changed in place between the forward and the "
+                "backward pass: run the forward pass again"
+            )
+        ctx.native_pass.backward(describe(d_output.contiguous().flatten(0, -2)))
+        return None, None, None
+
+
+def _replace_forward(module: Any, native: NativeEncoder, run: Callable[..., Any]) -> None:
+    """module.forward(...) becomes run(native, module, args, kwargs)."""
+
+    @functools.wraps(type(module).forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        native = vars(self).get(_ATTRIBUTE)
+        if native is None:  # a copy of the module
+            return type(self).forward(self, *args, **kwargs)
+        return run(native, self, args, kwargs)
+
+    vars(module)[_ATTRIBUTE] = native
+    module.forward = types.MethodType(forward, module)  # bound: a copy gets one of its own
+
+
+def _run_parent(native: NativeEncoder, parent: Any, args: Any, kwargs: Any) -> Any:
+    """Tells the native encoder what the module around the BertModel will read."""
+    native.reads = _reads(parent, args, kwargs)
+    try:
+        return type(parent).forward(parent, *args, **kwargs)
+    finally:
+        native.reads = native_call.EVERYTHING
+
+
+def _reads(parent: Any, args: Any, kwargs: Any) -> native_call.Reads:
+    if type(parent).__name__ in _READ_FIRST_TOKEN:
+        return native_call.FIRST_TOKEN
+    arguments = inspect.signature(type(parent).forward).bind(parent, *args, **kwargs).arguments
+    if native_call.ignores_padding(arguments.get("labels"), arguments.get("attention_mask")):
+        return native_call.REAL_TOKENS
+    return native_call.EVERYTHING
