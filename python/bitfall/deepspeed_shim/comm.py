@@ -28,8 +28,8 @@ def init_distributed(
 ) -> None:
     """Sets up torch.distributed once: the ranks of `bitfall run`, or a group of one.
 
-    dist_backend and timeout are passed on, and so is init_method where it is given; the launcher
-    knows the rest.
+    dist_backend, init_method and timeout are passed on; the launcher knows the rest. A single
+    process gets RANK, LOCAL_RANK and WORLD_SIZE as from DeepSpeed's launcher: scripts read them.
     """
     del auto_mpi_discovery, distributed_port, verbose, dist_init_required, config, rank, world_size
     backend = dist_backend or ("nccl" if torch.cuda.is_available() else "gloo")
@@ -37,9 +37,10 @@ def init_distributed(
         _give_accelerate_a_backend(backend)
     if torch.distributed.is_initialized():
         return
-    if "RANK" in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         torch.distributed.init_process_group(backend, init_method=init_method, timeout=timeout)
         return
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     alone = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=alone, rank=0, world_size=1, timeout=timeout)
 
