@@ -158,3 +158,31 @@ def test_malformed_safetensors(header):
         read_safetensors(data)
     with pytest.raises(ValueError, match=r"."):
         read_safetensors(data[:5])
+
+
+def test_deepspeeds_own_functions_under_bitfall_run(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    from bitfall import deepspeed_import
+
+    run = deepspeed_run(stage=1, dtype="bf16")
+    run.write(tmp_path / "theirs")
+    own_checkpoint(tmp_path / "own")
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    deepspeed_import.install()
+    try:
+        from deepspeed.utils import zero_to_fp32
+
+        states = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "theirs"))
+        for name, array in run.expected_weights().items():
+            np.testing.assert_array_equal(states[name].numpy(), array)
+        model = torch.nn.Module()
+        model.layer = torch.nn.Linear(3, 2, bias=False)
+        zero_to_fp32.load_state_dict_from_zero_checkpoint(model, str(tmp_path / "own"))
+        assert model.layer.weight.tolist() == [[0, 1, 2], [3, 4, 5]]
+        zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict(
+            str(tmp_path / "own"), str(tmp_path / "out"), max_shard_size="5GB"
+        )
+        assert list(load_file(tmp_path / "out" / "model.safetensors")) == ["layer.weight"]
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "deepspeed"]:
+            del sys.modules[name]
