@@ -1,6 +1,7 @@
 #include "engine/gradient_reducer.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "core/error.h"
 
@@ -35,23 +36,28 @@ void GradientReducer::add_segments() {
 }
 
 void GradientReducer::allocate_buckets() {
-  std::int64_t longest = 0, outside = 0;
-  for (Segment& segment : segments_) {
+  std::int64_t longest = 0, before = 0, after = 0;
+  for (const Segment& segment : segments_) {
     if (segment.block != kNoBlock) longest = std::max(longest, segment.range.numel);
   }
-  const std::int64_t buckets = std::min(kBlockBuckets, store_.num_blocks());
   for (Segment& segment : segments_) {
-    if (segment.block == kNoBlock) {
-      segment.position = buckets * longest + outside;
-      outside += segment.range.numel;
-    } else {
-      segment.position = segment.block % kBlockBuckets * longest;
-    }
+    if (segment.block != kNoBlock) segment.position = segment.block % kBlockBuckets * longest;
+    if (comes_last(segment)) segment.position = std::exchange(before, before + segment.range.numel);
   }
-  const std::int64_t numel = buckets * longest + outside;
-  bucket_buffer_ = backend_.allocate(static_cast<std::size_t>(numel) * sizeof(float));
-  memory_ = bucket_buffer_.view(DType::f32, Shape{numel});
+  const std::int64_t blocks = std::min(kBlockBuckets, store_.num_blocks()) * longest;
+  const std::int64_t shared = std::max(blocks, before);
+  for (Segment& segment : segments_) {
+    if (segment.block != kNoBlock || comes_last(segment)) continue;
+    segment.position = shared + std::exchange(after, after + segment.range.numel);
+  }
+  bucket_buffer_ = backend_.allocate(static_cast<std::size_t>(shared + after) * sizeof(float));
+  memory_ = bucket_buffer_.view(DType::f32, Shape{shared + after});
   find_gaps();
+}
+
+bool GradientReducer::comes_last(const Segment& segment) const {
+  return segment.block == kNoBlock && store_.num_blocks() > 0 &&
+         segment.range.begin < store_.block_range(0).begin;
 }
 
 void GradientReducer::find_gaps() {
@@ -97,7 +103,7 @@ void GradientReducer::start(int block, Accumulate accumulate) {
   }
   if (!is_sliced()) return;
   under_way_ = Reduction{block, accumulate};
-  if (block == kNoBlock) deliver();  // the next backward pass begins with its memory
+  if (block <= 0) deliver();  // what follows is written to its memory
 }
 
 void GradientReducer::check_order(int block) {
@@ -110,7 +116,7 @@ void GradientReducer::check_order(int block) {
 }
 
 void GradientReducer::reduce_to_owners(const Segment& segment) {
-  // The other blocks of a bucket have their gaps elsewhere.
+  // Others that share the memory have their gaps elsewhere.
   for (const FlatRange& gap : segment.gaps) backend_.fill_zero(memory(segment, gap));
   for (const Partition::Piece& piece : store_.partition().pieces(segment.range)) {
     communicator_.reduce_async(memory(segment, piece.range), ReduceOp::mean, piece.rank);

@@ -2,7 +2,8 @@
 //
 // Up to ZeRO stage 1 every rank holds the whole gradient and ends with all of the mean. At stage 2
 // a rank holds its slice only: a block's gradient is produced in a bucket, reduced to its owners
-// and added to their slices, while the block below fills the other bucket.
+// and added to their slices, while the block below fills the other bucket. What lies before the
+// blocks (embeddings), whose gradients come last, then takes the memory of both.
 #pragma once
 
 #include <optional>
@@ -27,9 +28,10 @@ class GradientReducer {
   std::vector<Tensor> views() const;
 
   /// Starts the mean over ranks of the gradients in views() of `block` (kNoBlock: of all outside of
-  /// blocks). Blocks come from the last to the first, then kNoBlock; after start(b) returns, views
-  /// of block b - 1 may be written, and of no block below it. `accumulate` says whether the means
-  /// of earlier micro-batches stay in the sum (where every micro-batch is reduced).
+  /// blocks). Blocks come from the last to the first, then kNoBlock. `accumulate` says whether the
+  /// means of earlier micro-batches stay in the sum (where every micro-batch is reduced). Where
+  /// views share memory, those of block b - 1 (b = 0: those before the first block in flat order)
+  /// may be written after start(b) has returned.
   ///
   /// Throws ShapeError for another order.
   void start(int block, Accumulate accumulate);
@@ -63,6 +65,8 @@ class GradientReducer {
   void add_segments();
   void find_gaps();
   void allocate_buckets();
+  /// Whether its gradients are written after those of all blocks.
+  bool comes_last(const Segment& segment) const;
   void check_order(int block);
   Tensor memory(const Segment& segment, const FlatRange& range) const;
   void reduce_to_owners(const Segment& segment);

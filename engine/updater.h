@@ -89,8 +89,9 @@ class Updater {
   /// blocks), which are complete on this rank. Every rank calls it for the blocks from the last to
   /// the first, then with kNoBlock, before step().
   ///
-  /// Where every micro-batch is reduced, `accumulate` is no in the first one of a step, and the
-  /// gradients of block b - 1 may be written after start_reduction(b) has returned, not before.
+  /// Where every micro-batch is reduced, `accumulate` is no in the first one of a step, and blocks
+  /// share memory: gradients of block b - 1 (b = 0: those outside of blocks) may be written after
+  /// start_reduction(b) has returned, not before; those that lie behind the last block at any time.
   /// Throws ShapeError for another order.
   void start_reduction(int block, Accumulate accumulate = Accumulate::no) {
     reducer_.start(block, accumulate);
