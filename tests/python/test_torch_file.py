@@ -211,6 +211,9 @@ def test_archives_that_torch_does_not_write(path):
         load(path, pickled, byteorder=b"big")
     with pytest.raises(CheckpointError, match=r"no data\.pkl"):
         load(path, pickled, **{"other/data.pkl": b""})
+    path.write_bytes(pickled)
+    with pytest.raises(CheckpointError, match=r"before 1\.6"):
+        TorchFile(path)
     path.write_bytes(b"not a zip file")
     with pytest.raises(CheckpointError, match="not a complete file"):
         TorchFile(path)

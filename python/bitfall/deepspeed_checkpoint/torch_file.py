@@ -19,6 +19,8 @@ from bitfall.deepspeed_checkpoint.tensors import Storage, StorageType
 if TYPE_CHECKING:
     from pathlib import Path
 
+PICKLE_START = b"\x80\x02"  # of the format before zip
+
 # What the standard library's zip reader raises for damaged archives; PickleError is a ValueError.
 ZIP_ERRORS = (
     zipfile.BadZipFile,
@@ -46,6 +48,8 @@ class TorchFile:
         self._unclaimed_bytes = path.stat().st_size
         self._file = path.open("rb")
         try:
+            if self._file.read(len(PICKLE_START)) == PICKLE_START:
+                raise PickleError("written by torch before 1.6; load and save it with a newer one")
             self._archive = zipfile.ZipFile(self._file)
             self._records = {record.filename: record for record in self._archive.infolist()}
             self._root = self._find_root()
