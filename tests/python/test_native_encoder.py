@@ -175,6 +175,19 @@ def test_gradients_are_added_and_parameters_may_move() -> None:
     assert_gradients(all_gradients(model, gradients), twice)
 
 
+def test_replaced_modules_are_seen() -> None:
+    model = make_model()
+    _, gradients = install_flat(model)
+    model(**inputs_of())
+    dense = torch.nn.Linear(64, 32)
+    model.bert.encoder.layer[1].output.dense = dense
+    expected, expected_gradients = run_plain(model, inputs_of())
+    output = model(**inputs_of())
+    assert_near(output.logits, expected.logits)
+    output.loss.backward()
+    assert_gradients(all_gradients(model, gradients), expected_gradients)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_around_the_bert(use_reentrant: bool) -> None:
     model, inputs = make_model("BertModel"), inputs_of("BertModel")

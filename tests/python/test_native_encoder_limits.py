@@ -95,7 +95,12 @@ def _dropout_switched_on(model: Any, inputs: dict[str, Any]) -> None:
     model.bert.encoder.layer[1].output.dropout.train()
 
 
+def _layer_removed(model: Any, inputs: dict[str, Any]) -> None:
+    del model.bert.encoder.layer[1]
+
+
 FALLBACKS = [
+    (_layer_removed, "has 1 layers, by its config 2"),
     (_left_padded, "begins with 0"),
     (_row_without_tokens, "all zeros"),
     (_mask_of_pairs, "attention_mask is no tensor"),

@@ -33,6 +33,7 @@ from bitfall import _core
 from bitfall.bridge import native_call
 from bitfall.bridge.native_selection import (
     bert_models,
+    fingerprint,
     inner_reason,
     native_config,
     parameter_layout,
@@ -91,10 +92,9 @@ class NativeEncoder:
         self.fallbacks: Counter[str] = Counter()
         self.reads = native_call.EVERYTHING
         self._parents: list[torch.nn.Module] = []
-        self._places = [
-            (module.get_submodule(placement.name.rpartition(".")[0]), placement.name)
-            for placement in parameter_layout(module)
-        ]
+        self._names = [placement.name for placement in parameter_layout(module)]
+        self._places: list[tuple[dict[str, Any], str]] = []
+        self._fingerprint: list[Any] = []
         self._signature = inspect.signature(type(self.bert).forward)
         self._anchor = torch.empty(0, requires_grad=True)  # makes outputs part of the graph
         self._gradients = gradients
@@ -103,6 +103,7 @@ class NativeEncoder:
         table = self.bert.embeddings.word_embeddings
         device = table.weight.device.type
         self.core = _core.NativeEncoder(native_config(self.bert), device, table.padding_idx)
+        self._find_parameters()
         self._bind(self.parameters())
 
     def install(self) -> None:
@@ -123,7 +124,7 @@ class NativeEncoder:
 
     def parameters(self) -> list[torch.Tensor]:
         """In the order of parameter_layout, as they are now."""
-        return [getattr(owner, name.rpartition(".")[2]) for owner, name in self._places]
+        return [parameters[name] for parameters, name in self._places]
 
     def forward(self, bert: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """bert.forward(*args, **kwargs), natively if that is possible."""
@@ -133,7 +134,7 @@ class NativeEncoder:
         arguments = self._signature.bind(bert, *args, **kwargs).arguments
         del arguments["self"]
         arguments |= arguments.pop("kwargs", {})
-        reason = native_call.refusal(bert, arguments) or inner_reason(bert) or self._rebind()
+        reason = native_call.refusal(bert, arguments) or self._changed() or self._rebind()
         if reason is None:
             try:
                 return self._run(arguments)
@@ -162,6 +163,23 @@ class NativeEncoder:
         as_dict = arguments.get("return_dict")
         as_dict = getattr(bert.config, "return_dict", True) if as_dict is None else as_dict
         return output if as_dict else output.to_tuple()
+
+    def _changed(self) -> str | None:
+        """Why the modules inside of the BertModel cannot be run any more."""
+        seen = fingerprint(self.bert)
+        if seen == self._fingerprint:
+            return None
+        reason = inner_reason(self.bert)
+        if reason is None:
+            self._find_parameters()  # a module may have been replaced
+            self._fingerprint = seen
+        return reason
+
+    def _find_parameters(self) -> None:
+        owners = [name.rpartition(".") for name in self._names]
+        self._places = [
+            (self.module.get_submodule(owner)._parameters, name) for owner, _, name in owners
+        ]
 
     def _rebind(self) -> str | None:
         """Follows parameters that were moved; says why that is not possible."""

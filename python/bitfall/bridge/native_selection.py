@@ -94,8 +94,29 @@ def bert_models(module: torch.nn.Module) -> list[tuple[str, Any]]:
 
 def inner_reason(bert: Any) -> str | None:
     """Why the modules of a BertModel, without the pooler, are not what its config says."""
+    count, expected = len(bert.encoder.layer), bert.config.num_hidden_layers
+    if count != expected:
+        return f"the BertModel has {count} layers, by its config {expected}"
     inner = [*bert.embeddings.modules(), *bert.encoder.modules()]
     return next((reason for part in inner for reason in _part_reasons(bert, part)), None)
+
+
+def fingerprint(bert: Any) -> list[Any]:
+    """Differs from an earlier one if inner_reason may have changed; a fraction of its time."""
+    training = bert.training
+    seen: list[Any] = []
+    parts = [bert.embeddings, bert.encoder]
+    while parts:
+        part = parts.pop()
+        state = vars(part)
+        seen.append(part)
+        seen.append(len(state))  # a forward of its own is one more
+        seen.append(state.get("p", state.get("eps")))
+        seen.append(state["training"] == training)
+        for kind in _HOOKS:
+            seen.extend(state[kind].values())
+        parts.extend(state["_modules"].values())
+    return seen
 
 
 def native_config(bert: Any) -> str:
