@@ -41,6 +41,7 @@ AttentionProblem make_problem(const char* operation, const AttentionShape& shape
                               const Dropout& dropout) {
   AttentionProblem problem{};
   problem.starts = device_data<const std::int32_t>(sequence_starts);
+  problem.key_lengths = device_data<const std::int32_t>(shape.key_lengths);
   problem.sample_keys = device_data<const std::int32_t>(sample_keys);
   problem.tokens = qkv.shape[0];
   problem.sequences = sequence_starts.numel() - 1;
@@ -99,10 +100,14 @@ void tiles_backward(const AttentionProblem& problem, const AttentionBackward<T>&
   run(launch, tiles::query_gradient_kernel<T, kDepth>, problem, data);
 }
 
+/// Below this head size, tensor cores would multiply zeros for the most part.
+constexpr std::int64_t kSmallestTile = 16;
+
 /// Calls `tiles` with the depth that holds head_size, or `rows` where tensor cores do not fit.
 template <typename T, typename Tiles, typename Rows>
 void choose(const AttentionProblem& problem, const Tiles& tiles, const Rows& rows) {
   if constexpr (!std::is_same_v<T, float>) {
+    if (problem.head_size < kSmallestTile) return rows();
     if (problem.head_size <= 32) return tiles(std::integral_constant<int, 32>{});
     if (problem.head_size <= 64) return tiles(std::integral_constant<int, 64>{});
     if (problem.head_size <= 128) return tiles(std::integral_constant<int, 128>{});

@@ -139,10 +139,22 @@ class AttentionTest : public BackendTest {
     const Reference expected(s, qkv_values, &dout_values);
     EXPECT_TRUE(close(r.log_sum_exp, expected.log_sum_exp, {2e-6, 1e-6}));
     // Outputs shrink with the length, so each sequence is measured against its own size.
-    const double allowed = dtype() == DType::f32 ? 2e-6 : dtype() == DType::f16 ? 1e-3 : 1.5e-2;
+    const double rounding = dtype() == DType::f32 ? 2e-6 : dtype() == DType::f16 ? 1e-3 : 1.5e-2;
+    // Tensor cores take probabilities in the compute dtype, too.
+    const double allowed = GetParam().device == Device::cuda ? 2 * rounding : rounding;
     for (std::size_t b = 0; b < s.lengths.size(); ++b) {
       EXPECT_LT(relative_error(s, b, r.out, expected.out), allowed) << "out, sequence " << b;
       EXPECT_LT(relative_error(s, b, r.dqkv, expected.dqkv), allowed) << "dqkv, sequence " << b;
+    }
+  }
+
+  /// Where the content of tensors is not looked at, it must at least do no harm.
+  template <typename Call>
+  void expect_refused_content(const Call& call) {
+    if (checks_content()) {
+      EXPECT_THROW(call(), ShapeError);
+    } else {
+      EXPECT_NO_THROW(call());
     }
   }
 
@@ -294,12 +306,14 @@ TEST_P(AttentionTest, RefusesWhatDoesNotFit) {
   EXPECT_THROW(forward(shape, qkv, {}, keys, off, out, lse), ShapeError);
   for (const std::vector<std::int32_t>& bad :
        {std::vector<std::int32_t>{0, 6, 5}, {0, 2, 6}, {1, 2, 5}, {0, -1, 5}}) {
-    EXPECT_THROW(forward(shape, qkv, integers({3}, bad), keys, off, out, lse), ShapeError);
+    expect_refused_content([&] { forward(shape, qkv, integers({3}, bad), keys, off, out, lse); });
   }
   EXPECT_THROW(forward(shape, zeros({5, 24}, DType::s32), starts, keys, off, out, lse),
                UnsupportedError);
   for (const std::vector<std::int32_t>& bad : {std::vector<std::int32_t>{0, 3}, {3, 3}, {2, -1}}) {
-    EXPECT_THROW(forward({2, 4, integers({2}, bad)}, qkv, starts, keys, off, out, lse), ShapeError);
+    expect_refused_content([&] {
+      forward({2, 4, integers({2}, bad)}, qkv, starts, keys, off, out, lse);
+    });
   }
   EXPECT_THROW(forward({2, 4, integers({1}, {2})}, qkv, starts, keys, off, out, lse), ShapeError);
   const Tensor dout = zeros({4, 8}, dtype());

@@ -5,6 +5,7 @@
 // them back. Tests read and write host memory as they do on the CPU.
 #pragma once
 
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -70,7 +71,9 @@ class MirroredBackend final : public Backend {
                          const Dropout& dropout, const Tensor& out,
                          const Tensor& log_sum_exp) override {
     run([&](auto& on) {
-      device_->attention_forward(shape, on(qkv), on(sequence_starts), on(sample_keys), dropout,
+      AttentionShape there = shape;
+      there.key_lengths = on(shape.key_lengths);
+      device_->attention_forward(there, on(qkv), on(sequence_starts), on(sample_keys), dropout,
                                  on(out), on(log_sum_exp));
     });
   }
@@ -79,7 +82,9 @@ class MirroredBackend final : public Backend {
                           const Tensor& sequence_starts, const Tensor& sample_keys,
                           const Dropout& dropout, const Tensor& dqkv) override {
     run([&](auto& on) {
-      device_->attention_backward(shape, on(dout), on(qkv), on(out), on(log_sum_exp),
+      AttentionShape there = shape;
+      there.key_lengths = on(shape.key_lengths);
+      device_->attention_backward(there, on(dout), on(qkv), on(out), on(log_sum_exp),
                                   on(sequence_starts), on(sample_keys), dropout, on(dqkv));
     });
   }
