@@ -93,7 +93,8 @@ class NativeEncoder : public std::enable_shared_from_this<NativeEncoder> {
   std::shared_ptr<NativePass> forward(const PaddedBatch& padded, const std::string& rows,
                                       const std::string& padding, const std::string& mode,
                                       std::uint64_t seed, const Description& output);
-  void backward(Slot& slot, const Description& d_output);
+  void backward(Slot& slot, const Description& d_output, Accumulate accumulate,
+                const BlockReady& on_block_ready);
   void give_back(std::unique_ptr<Slot> slot);
 
  private:
@@ -101,6 +102,10 @@ class NativeEncoder : public std::enable_shared_from_this<NativeEncoder> {
   std::unique_ptr<Slot> take(OutputRows rows);
   void plan(Slot& slot, const PackedBatch& packed);
   void write_output(const Slot& slot, const Tensor& output);
+  /// The row of the word table that torch.nn.Embedding gives no gradient, or nothing.
+  Tensor padding_row(const Slot& slot) const {
+    return slot.has_padding ? gradients_[0].rows(padding_idx_, 1) : Tensor();
+  }
 
   std::mutex mutex_;  ///< held while the backend works: it has one scratch memory
   std::unique_ptr<Backend> backend_;
@@ -120,12 +125,13 @@ class NativePass {
   NativePass& operator=(const NativePass&) = delete;
   ~NativePass() { give_back(); }
 
-  void backward(const Description& d_output) {
+  void backward(const Description& d_output, Accumulate accumulate,
+                const BlockReady& on_block_ready) {
     check<TrainingError>(slot_ != nullptr,
                          "second backward pass through one forward pass of the native encoder: its "
                          "activations were used up by the first (retain_graph keeps none); run the "
                          "forward pass again, or under native_encoder.disabled()");
-    owner_->backward(*slot_, d_output);
+    owner_->backward(*slot_, d_output, accumulate, on_block_ready);
     give_back();
   }
 
@@ -232,19 +238,34 @@ std::shared_ptr<NativePass> NativeEncoder::forward(const PaddedBatch& padded,
   return context.mode == Mode::evaluate ? nullptr : pass;
 }
 
-void NativeEncoder::backward(Slot& slot, const Description& d_output) {
+void NativeEncoder::backward(Slot& slot, const Description& d_output, Accumulate accumulate,
+                             const BlockReady& on_block_ready) {
   const std::lock_guard<std::mutex> lock(mutex_);
   Tensor d_hidden_states = to_tensor(d_output);
   if (slot.output_rows == OutputRows::all_tokens) {
     backend_->gather_rows(d_hidden_states, slot.rows, slot.d_output);
     d_hidden_states = slot.d_output;
   }
-  // torch.nn.Embedding gives the row of padding_idx no gradient.
-  Tensor padding_row;
-  if (slot.has_padding) padding_row = gradients_[0].rows(padding_idx_, 1);
-  if (padding_row) backend_->copy(padding_row, slot.kept_row);
-  slot.encoder.backward_from(d_hidden_states, Accumulate::yes, {});
-  if (padding_row) backend_->copy(slot.kept_row, padding_row);
+  const Tensor unchanged = padding_row(slot);
+  if (unchanged && accumulate == Accumulate::yes) {
+    backend_->copy(unchanged, slot.kept_row);
+  } else {
+    backend_->fill_zero(slot.kept_row);
+  }
+  slot.encoder.backward_from(d_hidden_states, accumulate, [&](int block) {
+    if (block == kNoBlock && unchanged) backend_->copy(slot.kept_row, unchanged);
+    if (on_block_ready) on_block_ready(block);
+  });
+}
+
+void run_backward(NativePass& self, const Description& d_output, bool accumulate,
+                  const py::function& on_block_ready) {
+  const auto call = [&on_block_ready](int block) {
+    const py::gil_scoped_acquire acquire;
+    on_block_ready(block);
+  };
+  const py::gil_scoped_release release;
+  self.backward(d_output, accumulate ? Accumulate::yes : Accumulate::no, call);
 }
 
 PaddedBatch to_padded_batch(const py::array& input_ids, const Ids& attention_mask,
@@ -273,9 +294,9 @@ PaddedBatch to_padded_batch(const py::array& input_ids, const Ids& attention_mas
 }  // namespace
 
 void bind_native_encoder(py::module_& module) {
-  const py::call_guard<py::gil_scoped_release> released;
   py::class_<NativePass, std::shared_ptr<NativePass>>(module, "NativePass")
-      .def("backward", &NativePass::backward, py::arg("d_output"), released);
+      .def("backward", &run_backward, py::arg("d_output"), py::arg("accumulate"),
+           py::arg("on_block_ready"));
   py::class_<NativeEncoder, std::shared_ptr<NativeEncoder>>(module, "NativeEncoder")
       .def(py::init<const std::string&, const std::string&, std::optional<std::int64_t>>(),
            py::arg("config"), py::arg("device"), py::arg("padding_idx"))

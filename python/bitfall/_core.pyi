@@ -150,8 +150,14 @@ class Engine:
 class NativePass:
     """One forward pass whose activations wait for its backward pass."""
 
-    def backward(self, d_output: tuple[int, str, tuple[int, ...]]) -> None:
-        """Adds to the bound gradients. Once; raises TrainingError for a second time."""
+    def backward(
+        self,
+        d_output: tuple[int, str, tuple[int, ...]],
+        accumulate: bool,
+        on_block_ready: Callable[[int], object],
+    ) -> None:
+        """Adds to the bound gradients, or overwrites them. `on_block_ready(block)` is called when those of a block
+        are complete, -1 for the embeddings at the end. Once; raises TrainingError for a second time."""
 
 class NativeEncoder:
     """The BERT encoder without pooler over memory of others, given as (data pointer, dtype, shape) of contiguous

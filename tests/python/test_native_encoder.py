@@ -12,6 +12,11 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from bitfall.bridge.native_encoder import (  # noqa: E402
+    GradientSink,
+    install,
+    parameter_layout,
+)
 from native_bert import (  # noqa: E402
     BATCH,
     FULL,
@@ -173,6 +178,55 @@ def test_gradients_are_added_and_parameters_may_move() -> None:
     model(**inputs_of()).loss.backward()
     twice = {name: 2 * gradient for name, gradient in once.items()}
     assert_gradients(all_gradients(model, gradients), twice)
+
+
+class Collector(GradientSink):
+    """Takes each block's gradients as soon as they are complete, from memory that blocks share."""
+
+    def __init__(self, model: Any) -> None:
+        self.layout = parameter_layout(model)
+        self.slices = flat_views(model, torch.float32)
+        first = {p.name.partition("layer.0.")[2]: p.name for p in self.layout if p.block == 0}
+        for place in self.layout:
+            if place.block > 0:
+                inner = place.name.partition(f"layer.{place.block}.")[2]
+                self.slices[place.name] = self.slices[first[inner]]
+        self.taken: dict[str, Any] = {}
+        self.order: list[int] = []
+
+    def begin(self) -> bool:
+        for view in self.slices.values():
+            view.fill_(torch.nan)
+        return False
+
+    def complete(self, block: int) -> None:
+        self.order.append(block)
+        for place in self.layout:
+            if place.block == block:
+                self.taken[place.name] = self.slices[place.name].clone()
+
+
+@pytest.mark.parametrize("mask", [None, RIGHT])
+def test_blocks_may_share_memory_if_passes_overwrite(mask: Any) -> None:
+    model, inputs = make_model(), inputs_of(mask=mask)
+    inputs["input_ids"][0, 3] = 0  # the padding_idx among real tokens
+    _, expected = run_plain(model, inputs)
+    sink = Collector(model)
+    for name, view in flat_views(model, torch.float32).items():
+        view.copy_(model.get_parameter(name).data)
+        model.get_parameter(name).data = view
+    install(model, sink.slices, sink)
+    model(**inputs).loss.backward()
+    assert sink.order == [1, 0, -1]
+    assert_gradients(all_gradients(model, sink.taken), expected)
+
+
+def test_errors_of_a_sink_reach_the_caller() -> None:
+    model = make_model()
+    native, _ = install_flat(model)
+    native.sink.complete = lambda block: {}[block]  # type: ignore[method-assign]
+    with pytest.raises(KeyError, match="1"):
+        model(**inputs_of()).loss.backward()
 
 
 def test_replaced_modules_are_seen() -> None:

@@ -40,7 +40,14 @@ from bitfall.bridge.native_selection import (
     unsupported_reason,
 )
 
-__all__ = ["NativeEncoder", "disabled", "install", "parameter_layout", "unsupported_reason"]
+__all__ = [
+    "GradientSink",
+    "NativeEncoder",
+    "disabled",
+    "install",
+    "parameter_layout",
+    "unsupported_reason",
+]
 
 _ATTRIBUTE = "_bitfall_native_encoder"
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -65,19 +72,36 @@ def disabled() -> Iterator[None]:
         _disabled.reset(token)
 
 
-def install(module: torch.nn.Module, gradients: Mapping[str, torch.Tensor]) -> NativeEncoder:
+class GradientSink:
+    """What the owner of the gradients wants to hear of each native backward pass."""
+
+    def begin(self) -> bool:
+        """A pass begins: True to add to the gradients, False to overwrite them."""
+        return True
+
+    def complete(self, block: int) -> None:
+        """The pass is through with `block`, from the last one down, then -1 (embeddings)."""
+
+
+def install(
+    module: torch.nn.Module,
+    gradients: Mapping[str, torch.Tensor],
+    sink: GradientSink | None = None,
+) -> NativeEncoder:
     """Runs the BertModel in `module` natively until uninstall().
 
     `gradients`: for each name of parameter_layout(module) a contiguous f32 tensor of the
-    parameter's shape, to which every backward pass adds; query, key and value adjacent, as the
-    parameters. The parameters' own .grad is left alone. Weights are read where the parameters lie
-    at each call.
+    parameter's shape, to which every backward pass adds unless `sink` says otherwise; query, key
+    and value adjacent, as the parameters. If all passes overwrite, blocks may share memory that is
+    read in sink.complete(). The parameters' own .grad is left alone. Weights are read where the
+    parameters lie at each call.
 
     Raises InputError with unsupported_reason(module) if there is one, ShapeError if the memory of
     parameters or gradients does not fit.
     """
     layout = parameter_layout(module)
-    native = NativeEncoder(module, [gradients[placement.name] for placement in layout])
+    slices = [gradients[placement.name] for placement in layout]
+    native = NativeEncoder(module, slices, sink or GradientSink())
     native.install()
     return native
 
@@ -85,8 +109,11 @@ def install(module: torch.nn.Module, gradients: Mapping[str, torch.Tensor]) -> N
 class NativeEncoder:
     """The native side of one BertModel; see the module's docstring."""
 
-    def __init__(self, module: torch.nn.Module, gradients: list[torch.Tensor]) -> None:
+    def __init__(
+        self, module: torch.nn.Module, gradients: list[torch.Tensor], sink: GradientSink
+    ) -> None:
         self.module = module
+        self.sink = sink
         self.bert = bert_models(module)[0][1]
         #: reason -> number of calls that ran in PyTorch
         self.fallbacks: Counter[str] = Counter()
@@ -250,7 +277,9 @@ class _Encode(torch.autograd.Function):
                 "a parameter of the BertModel was changed in place between the forward and the "
                 "backward pass: run the forward pass again"
             )
-        ctx.native_pass.backward(describe(d_output.contiguous().flatten(0, -2)))
+        sink = ctx.native.sink
+        d_output = d_output.contiguous().flatten(0, -2)
+        ctx.native_pass.backward(describe(d_output), sink.begin(), sink.complete)
         return None, None, None
 
 

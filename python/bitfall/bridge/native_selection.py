@@ -168,6 +168,16 @@ def _part_reasons(bert: Any, part: Any) -> Iterator[str]:
             yield "a Dropout inside of the BertModel is switched on or off by itself"
 
 
+def _hooks_of_others(parameter: Any) -> bool:
+    hooks = [
+        hook
+        for kind in ("_backward_hooks", "_post_accumulate_grad_hooks")
+        for hook in (getattr(parameter, kind, None) or {}).values()
+    ]
+    functions = [getattr(hook, "func", hook) for hook in hooks]  # of a functools.partial
+    return not all(str(getattr(f, "__module__", "")).startswith("bitfall.") for f in functions)
+
+
 def _parameter_reasons(
     module: torch.nn.Module, prefix: str, layout: list[ParameterPlacement]
 ) -> Iterator[str]:
@@ -190,7 +200,7 @@ def _parameter_reasons(
             yield f"{placement.name} is {parameter.dtype} on {parameter.device}, others are not"
         if not parameter.requires_grad:
             yield f"{placement.name} is frozen (requires_grad = False)"
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        if _hooks_of_others(parameter):
             yield f"{placement.name} has hooks"
     if str(first.dtype) not in ("torch.float32", "torch.bfloat16", "torch.float16"):
         yield f"the parameters are {first.dtype}"
