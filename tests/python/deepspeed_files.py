@@ -96,6 +96,7 @@ class Run:
     exp_avg: dict = field(default_factory=dict)
     exp_avg_sq: dict = field(default_factory=dict)
     module: dict = field(default_factory=dict)
+    weight_decay: tuple = (0.0, 0.1)  # of each group
     step: int = STEP
     global_steps: int = GLOBAL_STEPS
 
@@ -215,7 +216,12 @@ class Run:
             for group in range(len(self.names))
         ]
         hyperparameters = [
-            {"lr": 0.01, "betas": (0.9, 0.999), "weight_decay": 0.1 * group, "params": [group]}
+            {
+                "lr": 0.01,
+                "betas": (0.9, 0.999),
+                "weight_decay": self.weight_decay[group],
+                "params": [group],
+            }
             for group in range(len(self.names))
         ]
         base = {"state": dict(enumerate(states)), "param_groups": hyperparameters}
@@ -254,7 +260,8 @@ class Run:
                     for key, arrays in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq))
                 }
                 states[len(states)] = {"step": self.step, **moments}
-            groups.append({"lr": 0.01, "params": list(range(first, len(states)))})
+            numbers = {"lr": 0.01, "weight_decay": self.weight_decay[group]}
+            groups.append({**numbers, "params": list(range(first, len(states)))})
         base = {"state": states, "param_groups": groups}
         if self.dtype == "f32":
             return base
