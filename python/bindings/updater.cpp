@@ -132,16 +132,19 @@ using Shared = std::shared_ptr<PythonUpdater>;
 py::list capsules(const Shared& self, const std::string& buffer) {
   Updater& updater = self->updater();
   const ParameterStore& store = updater.store();
+  py::list list;
+  if (buffer == "gradient") {
+    for (const Tensor& view : updater.gradient_views()) list.append(to_dlpack(view, self));
+    return list;
+  }
   Tensor flat;
   if (buffer == "master") flat = store.master();
   if (buffer == "working") flat = store.working();
-  if (buffer == "gradient") flat = store.gradient();
   if (updater.optimizer() != nullptr) {
     if (buffer == "exp_avg") flat = updater.optimizer()->exp_avg();
     if (buffer == "exp_avg_sq") flat = updater.optimizer()->exp_avg_sq();
   }
   check<UnsupportedError>(static_cast<bool>(flat), "the updater has no buffer '", buffer, "'");
-  py::list list;
   for (const Tensor& view : store.views(flat)) list.append(to_dlpack(view, self));
   return list;
 }
@@ -168,8 +171,13 @@ void bind_updater(py::module_& module) {
           [](PythonUpdater& self) { return layer_path(self.updater().store().parameters()); })
       .def(
           "start_reduction",
-          [](PythonUpdater& self, int block) { self.updater().start_reduction(block); },
-          py::arg("block"), released)
+          [](PythonUpdater& self, int block, bool accumulate) {
+            self.updater().start_reduction(block, accumulate ? Accumulate::yes : Accumulate::no);
+          },
+          py::arg("block"), py::arg("accumulate"), released)
+      .def_property_readonly(
+          "reduces_every_micro_batch",
+          [](PythonUpdater& self) { return self.updater().reduces_every_micro_batch(); })
       .def("step", &PythonUpdater::step, py::arg("groups"), py::arg("make_hessian"),
            py::arg("update_masters"));
   bind_common(updater, [](PythonUpdater& self) -> Updater& { return self.updater(); });

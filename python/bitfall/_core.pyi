@@ -207,9 +207,13 @@ class Updater:
     layer_path: str  # what the names of block parameters begin with
     def capsules(self, buffer: str) -> list[Any]:
         """One DLPack capsule per parameter over "master", "working", "gradient", "exp_avg" or "exp_avg_sq"."""
-    def start_reduction(self, block: int) -> None:
-        """The gradients of `block` (-1: of what is in none) are complete. Once per block and step, in the same order
-        on every rank."""
+    @property
+    def reduces_every_micro_batch(self) -> bool:
+        """ZeRO stage 2: start_reduction() belongs to each micro-batch, and blocks share memory: gradients of a block
+        may be written once start_reduction() of the one above has returned."""
+    def start_reduction(self, block: int, accumulate: bool) -> None:
+        """The gradients of `block` (-1: of what is in none) are complete. Once per block and step, from the last block
+        to -1; where every micro-batch is reduced, once in each, to `accumulate` after the first."""
     def step(
         self,
         groups: list[dict[str, Any]],  # numbers only; ignored where the caller updates masters

@@ -50,6 +50,7 @@ class DeepSpeedEngine(torch.nn.Module):
             tensors(updater, "gradient"),
             updater.start_reduction,
             overlap=communicator.world_size > 1,
+            every_backward=updater.reduces_every_micro_batch,
         )
 
     def _bind(self) -> None:

@@ -36,22 +36,28 @@ class Gradients:
 
     A parameter's .grad is the slice itself where it is f32 and a gradient came, so that torch adds
     in place; in 16 bits, where torch demands .grad of the parameter's own dtype, it is None after
-    every backward pass.
+    every backward pass. So it is with ZeRO stage 2, where every backward pass is reduced by itself
+    and blocks share memory: a gradient then waits in torch's memory until it is its block's turn.
     """
 
     def __init__(
         self,
         trained: Sequence[Trained],
         slices: Sequence[torch.Tensor],
-        start_reduction: Callable[[int], None],
+        start_reduction: Callable[[int, bool], None],
         overlap: bool,
+        every_backward: bool,
     ) -> None:
-        """`start_reduction(block)` is called once per block and step, from the last block to
-        NO_BLOCK, in `overlap` already during the backward pass that closes an accumulation."""
+        """`start_reduction(block, accumulate)` is called once per block and step, from the last
+        block to NO_BLOCK, in `overlap` already during the backward pass that closes an
+        accumulation; with `every_backward` in each, to `accumulate` after the first."""
         self._trained = trained
         self._slices = slices
         self._start_reduction = start_reduction
         self._overlap = overlap
+        self._every_backward = every_backward
+        self._waiting: dict[int, torch.Tensor] = {}
+        self._passes = 0  # since the last clear()
         self._filled = [False] * len(trained)
         self._reduction_order = [
             *sorted({t.block for t in trained if t.block != NO_BLOCK}, reverse=True),
@@ -70,7 +76,7 @@ class Gradients:
     @property
     def any_filled(self) -> bool:
         """True if a gradient came since the last clear()."""
-        return any(self._filled)
+        return any(self._filled) or self._passes > 0
 
     @contextlib.contextmanager
     def backward(self, closes_accumulation: bool) -> Iterator[None]:
@@ -81,21 +87,28 @@ class Gradients:
             yield
         finally:
             self._in_backward = False
+        if self._every_backward:
+            self._reduce_rest()
+            self._filled = [False] * len(self._trained)
+            self._reset_counters()
+            self._passes += 1
 
     def finish(self) -> None:
         """All gradients are in: zeros where none came, and every reduction has begun."""
         for index, entry in enumerate(self._trained):
             self._check_in_place(index, entry)
-            if not self._filled[index]:
+            if not self._filled[index] and not self._every_backward:
                 self._slices[index].zero_()
-        while self._next_reduction < len(self._reduction_order):
-            self._reduce_next()
+        if not self._every_backward:
+            self._reduce_rest()
 
     def clear(self) -> None:
         """Forgets all gradients."""
         for index, entry in enumerate(self._trained):
             entry.parameter.grad = None
             self._filled[index] = False
+        self._waiting.clear()
+        self._passes = 0
         self._reset_counters()
 
     def remove(self) -> None:
@@ -117,9 +130,8 @@ class Gradients:
         ):
             raise UsageError(DROPPED.format(name=entry.name))
 
-    @staticmethod
-    def _stays(entry: Trained) -> bool:
-        return entry.parameter.dtype == torch.float32
+    def _stays(self, entry: Trained) -> bool:
+        return entry.parameter.dtype == torch.float32 and not self._every_backward
 
     @torch.no_grad()
     def _receive(self, index: int, parameter: torch.nn.Parameter) -> None:
@@ -135,7 +147,13 @@ class Gradients:
         if gradient.layout != torch.strided:
             gradient = gradient.to_dense()
         stays = self._stays(entry)
-        if not self._filled[index]:
+        if self._every_backward and (
+            index in self._waiting or entry.block != self._reduction_order[self._next_reduction]
+        ):
+            earlier = self._waiting.get(index)
+            self._waiting[index] = gradient if earlier is None else earlier.float() + gradient
+            self._filled[index] = True
+        elif not self._filled[index]:
             target.copy_(gradient)
             self._filled[index] = True
         elif not stays:
@@ -143,7 +161,7 @@ class Gradients:
         elif gradient.data_ptr() != target.data_ptr():
             raise UsageError(DROPPED.format(name=entry.name))
         parameter.grad = target if stays else None
-        if self._overlap and self._closes_accumulation:
+        if self._overlap and (self._closes_accumulation or self._every_backward):
             self._complete(index, entry.block)
 
     def _complete(self, index: int, block: int) -> None:
@@ -155,6 +173,25 @@ class Gradients:
         ):
             self._reduce_next()
 
+    def _reduce_rest(self) -> None:
+        while self._next_reduction < len(self._reduction_order):
+            self._reduce_next()
+
+    @torch.no_grad()
     def _reduce_next(self) -> None:
-        self._start_reduction(self._reduction_order[self._next_reduction])
+        block = self._reduction_order[self._next_reduction]
+        if self._every_backward:
+            self._complete_shared(block)
+        self._start_reduction(block, self._passes > 0)
         self._next_reduction += 1
+
+    def _complete_shared(self, block: int) -> None:
+        """Gradients that waited and zeros, into memory that other blocks have used."""
+        for index, entry in enumerate(self._trained):
+            if entry.block != block:
+                continue
+            waited = self._waiting.pop(index, None)
+            if waited is not None:
+                self._slices[index].copy_(waited)
+            elif not self._filled[index]:
+                self._slices[index].zero_()
