@@ -14,10 +14,9 @@ import torch
 from bitfall._core import CheckpointError
 from bitfall.bridge.deepspeed_loading import (
     client_optimizer_state,
-    restore_numbers,
+    load_deepspeed_checkpoint,
     restore_rest,
     restore_updater,
-    trained_names,
 )
 from bitfall.deepspeed_checkpoint import read_deepspeed_checkpoint
 from bridge_models import batches, tiny
@@ -82,17 +81,6 @@ def trained():
     return model, optimizer
 
 
-def load(engine, directory):
-    """What engine.load_checkpoint does for a checkpoint of DeepSpeed."""
-    names = trained_names(engine.module, engine.optimizer.param_groups)
-    found = read_deepspeed_checkpoint(directory, parameter_groups=names)
-    parts = engine._trained, engine._communicator
-    restore_updater(found, engine._updater, *parts, with_moments=True)
-    restore_rest(found, engine.module, engine._trained, strict=True)
-    restore_numbers(found, engine.optimizer.param_groups)
-    return found
-
-
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_goes_on_as_adamw_would(tmp_path, trained, stage):
     model, optimizer = trained
@@ -101,7 +89,8 @@ def test_goes_on_as_adamw_would(tmp_path, trained, stage):
     fresh = tiny(seed=9).eval()
     fresh.layers[0].dense.bias.requires_grad_(False)
     engine, _, _, _ = bitfall.initialize(model=fresh, config=CONFIG)
-    load(engine, tmp_path)
+    path, client_state = load_deepspeed_checkpoint(engine, tmp_path, None)
+    assert (path, client_state["epoch"]) == (str(tmp_path / "global_step5"), 3)
     assert engine.global_steps == 3
 
     rest = batches(5, seed=2)
@@ -132,7 +121,7 @@ def test_groups_and_their_numbers(tmp_path, trained):
     engine, optimizer, _, _ = bitfall.initialize(
         model=fresh, model_parameters=groups, config=CONFIG
     )
-    load(engine, tmp_path)
+    load_deepspeed_checkpoint(engine, tmp_path, None)
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.01]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1]
 
@@ -168,3 +157,32 @@ def test_checkpoint_of_another_model_changes_nothing(tmp_path, trained):
         restore_rest(found, other, [], strict=True)
     restore_rest(found, other, [], strict=False)
     assert torch.equal(other.shift, trained[0].shift)
+
+
+def test_scheduler_goes_on(tmp_path, trained):
+    TorchRun.of(*trained, 3, stage=1).write(tmp_path)
+    scheduler = {
+        "type": "WarmupLR",
+        "params": {"warmup_max_lr": 0.01, "warmup_num_steps": 10, "warmup_type": "linear"},
+    }
+    fresh = tiny(seed=9)
+    fresh.layers[0].dense.bias.requires_grad_(False)
+    engine, optimizer, _, schedule = bitfall.initialize(
+        model=fresh, config={**CONFIG, "scheduler": scheduler}
+    )
+    load_deepspeed_checkpoint(engine, tmp_path, None)
+    assert schedule.last_batch_iteration == 2
+    # 2 of 10 steps, as DeepSpeed counts
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.002)
+
+
+def test_without_optimizer_states_training_begins_anew_at_the_weights(tmp_path, trained):
+    TorchRun.of(*trained, 3, stage=1).write(tmp_path)
+    fresh = tiny(seed=9)
+    fresh.layers[0].dense.bias.requires_grad_(False)
+    engine, optimizer, _, _ = bitfall.initialize(model=fresh, config=CONFIG)
+    load_deepspeed_checkpoint(engine, tmp_path, None, optimizer_states=False)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    for mine, theirs in zip(engine.module.parameters(), trained[0].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert not any(torch.from_dlpack(m).any() for m in engine._updater.capsules("exp_avg"))

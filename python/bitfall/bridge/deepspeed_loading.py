@@ -10,16 +10,46 @@ import torch
 
 from bitfall._core import CheckpointError
 from bitfall.bridge.optimizer import NUMBERS
-from bitfall.deepspeed_checkpoint import DeepSpeedCheckpoint
+from bitfall.deepspeed_checkpoint import DeepSpeedCheckpoint, read_deepspeed_checkpoint
 from bitfall.deepspeed_checkpoint.convert import write_for_engine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from bitfall import _core
+    from bitfall.bridge.engine import DeepSpeedEngine
     from bitfall.bridge.layout import Trained
 
 TEMPLATE, CONVERTED = "template", "converted"
+
+
+def load_deepspeed_checkpoint(
+    engine: DeepSpeedEngine,
+    directory: Path,
+    tag: str | None,
+    strict: bool = True,
+    optimizer_states: bool = True,
+    lr_scheduler_states: bool = True,
+) -> tuple[str, dict[str, Any]]:
+    """engine.load_checkpoint for DIRECTORY/TAG: (its folder, client state). Collective.
+
+    Weights always; with `optimizer_states` Adam's moments, step and numbers, otherwise these begin
+    anew; with `lr_scheduler_states` the scheduler. `strict`: frozen parameters and buffers must all
+    be there. Raises CheckpointError for damaged files and those of another model.
+    """
+    assert engine.optimizer is not None
+    found = read_deepspeed_checkpoint(
+        directory,
+        tag,
+        parameter_groups=trained_names(engine.module, engine.optimizer.param_groups),
+        optimizer_states=optimizer_states,
+    )
+    restore_updater(found, engine._updater, engine._trained, engine._communicator, True)
+    restore_rest(found, engine.module, engine._trained, strict)
+    restore_numbers(found, engine.optimizer.param_groups)
+    if lr_scheduler_states and engine.lr_scheduler is not None and found.lr_scheduler is not None:
+        engine.lr_scheduler.load_state_dict(found.lr_scheduler)
+    return str(found.folder), found.client_state
 
 
 def trained_names(module: torch.nn.Module, groups: Sequence[dict[str, Any]]) -> list[list[str]]:
