@@ -5,10 +5,8 @@
 namespace bitfall {
 namespace {
 
-constexpr std::int64_t kAlignment = 16;  // elements: 64 bytes of f32
-
 std::int64_t round_up(std::int64_t value) {
-  return (value + kAlignment - 1) / kAlignment * kAlignment;
+  return (value + kFlatAlignment - 1) / kFlatAlignment * kFlatAlignment;
 }
 
 }  // namespace

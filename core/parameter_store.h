@@ -20,8 +20,12 @@ namespace bitfall {
 /// Parameters that belong to no block of the encoder (embeddings, pooler, heads).
 inline constexpr int kNoBlock = -1;
 
+/// Elements: 64 bytes of f32.
+inline constexpr std::int64_t kFlatAlignment = 16;
+
 /// `adjacent` packs a parameter right behind its predecessor, so that several weights can be read
-/// as one matrix (query, key and value); otherwise a parameter starts at a multiple of 16 elements.
+/// as one matrix (query, key and value); otherwise a parameter starts at a multiple of
+/// kFlatAlignment.
 enum class Placement { aligned, adjacent };
 
 struct ParameterSpec {

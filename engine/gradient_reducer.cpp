@@ -1,7 +1,6 @@
 #include "engine/gradient_reducer.h"
 
 #include <algorithm>
-#include <utility>
 
 #include "core/error.h"
 
@@ -10,6 +9,11 @@ namespace {
 
 /// Blocks whose gradients are in memory at a time: one is reduced while the next is computed.
 constexpr int kBlockBuckets = 2;
+
+/// Views are aligned as in the flat buffers.
+std::int64_t round_up(std::int64_t position) {
+  return (position + kFlatAlignment - 1) / kFlatAlignment * kFlatAlignment;
+}
 
 }  // namespace
 
@@ -36,28 +40,27 @@ void GradientReducer::add_segments() {
 }
 
 void GradientReducer::allocate_buckets() {
-  std::int64_t longest = 0, before = 0, after = 0;
+  std::int64_t longest = 0;
   for (const Segment& segment : segments_) {
     if (segment.block != kNoBlock) longest = std::max(longest, segment.range.numel);
   }
+  longest = round_up(longest);
+  const std::int64_t buckets = std::min(kBlockBuckets, store_.num_blocks());
+  const std::int64_t before = store_.num_blocks() > 0 ? store_.block_range(0).begin : 0;
+  std::int64_t end = std::max(buckets * longest, before);
   for (Segment& segment : segments_) {
-    if (segment.block != kNoBlock) segment.position = segment.block % kBlockBuckets * longest;
-    if (comes_last(segment)) segment.position = std::exchange(before, before + segment.range.numel);
+    if (segment.block != kNoBlock) {
+      segment.position = segment.block % kBlockBuckets * longest;
+    } else if (segment.range.begin < before) {
+      segment.position = segment.range.begin;  // written after all blocks
+    } else {
+      segment.position = round_up(end) + segment.range.begin % kFlatAlignment;
+      end = segment.position + segment.range.numel;
+    }
   }
-  const std::int64_t blocks = std::min(kBlockBuckets, store_.num_blocks()) * longest;
-  const std::int64_t shared = std::max(blocks, before);
-  for (Segment& segment : segments_) {
-    if (segment.block != kNoBlock || comes_last(segment)) continue;
-    segment.position = shared + std::exchange(after, after + segment.range.numel);
-  }
-  bucket_buffer_ = backend_.allocate(static_cast<std::size_t>(shared + after) * sizeof(float));
-  memory_ = bucket_buffer_.view(DType::f32, Shape{shared + after});
+  bucket_buffer_ = backend_.allocate(static_cast<std::size_t>(end) * sizeof(float));
+  memory_ = bucket_buffer_.view(DType::f32, Shape{end});
   find_gaps();
-}
-
-bool GradientReducer::comes_last(const Segment& segment) const {
-  return segment.block == kNoBlock && store_.num_blocks() > 0 &&
-         segment.range.begin < store_.block_range(0).begin;
 }
 
 void GradientReducer::find_gaps() {

@@ -65,8 +65,6 @@ class GradientReducer {
   void add_segments();
   void find_gaps();
   void allocate_buckets();
-  /// Whether its gradients are written after those of all blocks.
-  bool comes_last(const Segment& segment) const;
   void check_order(int block);
   Tensor memory(const Segment& segment, const FlatRange& range) const;
   void reduce_to_owners(const Segment& segment);

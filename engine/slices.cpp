@@ -8,8 +8,6 @@
 namespace bitfall {
 namespace {
 
-/// Borders between parts that need no common scale fall on whole cache lines.
-constexpr std::int64_t kFreeUnit = 16;
 /// Elements that travel at a time.
 constexpr std::int64_t kStagingElements = std::int64_t{1} << 20;
 
@@ -23,7 +21,8 @@ Partition make_partition(const Config& config, const ParameterStore& store, int 
   if (config.quantize.enabled) units = elements_per_scale(config.quantize, store.parameters());
   std::vector<DivisibleRange> parts;
   for (std::size_t index = 0; index < units.size(); ++index) {
-    const std::int64_t unit = units[index] == 1 ? kFreeUnit : units[index];
+    // Where no scale binds, borders keep the alignment.
+    const std::int64_t unit = units[index] == 1 ? kFlatAlignment : units[index];
     parts.push_back({store.parameters()[index].range(), unit});
   }
   return {store.numel(), world_size, parts};
