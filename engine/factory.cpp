@@ -34,8 +34,14 @@ int gpu_of(int local_rank, std::size_t count) {
   return local_rank;
 }
 
-/// `communicator`, or the one between the GPUs that belongs to `backend`.
-Communicator& connect(Backend& backend, Communicator& communicator) {
+std::string describe(const CudaDevice& device) {
+  return concat(device.name, " (compute capability ", device.compute_major, ".",
+                device.compute_minor, ", ", device.total_bytes >> 30, " GiB)");
+}
+
+}  // namespace
+
+Communicator& connect_devices(Backend& backend, Communicator& communicator) {
   if (backend.device() == Device::cpu || communicator.world_size() == 1) return communicator;
   std::string notice;
   Communicator& connected = cuda_library().plugin->connect(backend, communicator, notice);
@@ -43,13 +49,6 @@ Communicator& connect(Backend& backend, Communicator& communicator) {
     std::cerr << concat("bitfall: ", notice, "\n") << std::flush;
   return connected;
 }
-
-std::string describe(const CudaDevice& device) {
-  return concat(device.name, " (compute capability ", device.compute_major, ".",
-                device.compute_minor, ", ", device.total_bytes >> 30, " GiB)");
-}
-
-}  // namespace
 
 std::unique_ptr<Backend> make_backend(const std::string& name, int local_rank) {
   if (name == "cpu") return std::make_unique<CpuBackend>();
@@ -96,7 +95,7 @@ std::unique_ptr<Engine> make_engine(const std::filesystem::path& model_dir, cons
   const EncoderConfig encoder =
       parse_encoder_config(read_model_config(model_dir), (model_dir / "config.json").string());
   std::unique_ptr<Backend> backend = make_backend(device, communicator.local_rank());
-  Communicator& connected = connect(*backend, communicator);
+  Communicator& connected = connect_devices(*backend, communicator);
   auto model = std::make_unique<Encoder>(*backend, encoder, head);
   const auto load = [&](Backend& target, const ParameterStore& store) {
     load_model_weights(model_dir, encoder.initializer_range, config.config.seed, target, store);

@@ -36,6 +36,10 @@ std::string cpu_isa();
 /// mpirun started it and this build has no MPI.
 std::unique_ptr<Communicator> make_communicator();
 
+/// `communicator` where tensors of `backend` can go through it, otherwise one between the devices
+/// that belongs to `backend`. All ranks together; `communicator` must outlive `backend`.
+Communicator& connect_devices(Backend& backend, Communicator& communicator);
+
 /// An engine for the BERT in `model_dir` (config.json and weights, as Hugging Face saves them) with
 /// a head on it, on `device` ("cpu" or "cuda"). `communicator` must outlive the engine.
 ///

@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# Everything worth knowing about the CUDA backend on a machine with a GPU, in ten minutes.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+usage: scripts/gpu_check.sh [--out DIR] [BUILD]
+       scripts/gpu_check.sh --bundle DIR [BUILD]
+
+On a machine with an NVIDIA GPU: runs the tests of operations, memcheck, initcheck and racecheck
+passes of them (if compute-sanitizer is there), a training beside the CPU's, two ranks on one GPU
+(if mpirun is there) and the benchmarks. Leaves results.json, a table and the logs.
+
+  BUILD         build folder with tests and CUDA (default: build/dev), or a bundle
+  --out DIR     where the results go (default: build/gpu_check)
+  --bundle DIR  copies what the check needs from BUILD into DIR and DIR.tar.xz, to carry to a machine
+                where nothing can be fetched; there: DIR/gpu_check.sh DIR. NVIDIA's libraries must
+                be there.
+  --help        this text
+
+Exit code 1 if anything failed.
+TEXT
+}
+
+out=build/gpu_check bundle="" build=""
+while (($#)); do
+  case $1 in
+    --out) out=$2 && shift 2 ;;
+    --bundle) bundle=$2 && shift 2 ;;
+    --help | -h) usage && exit 0 ;;
+    -*) echo "gpu_check.sh: unknown option '$1' (see --help)" >&2 && exit 2 ;;
+    *) build=$1 && shift ;;
+  esac
+done
+build=${build:-build/dev}
+fail() {
+  echo "gpu_check.sh: $*" >&2
+  exit 1
+}
+
+# Programs and libraries lie in the folders of a build, or all in one of a bundle.
+find_file() { find "$build" -name "$1" -type f -print -quit; }
+library=$(find_file libbitfall_cuda.so)
+[[ -n $library ]] || library=$(find python/bitfall -name libbitfall_cuda.so 2>/dev/null | head -n 1)
+[[ -n $library ]] || fail "no libbitfall_cuda.so in $build: configure with -DBITFALL_CUDA=ON"
+tests=(activation adam attention elementwise embedding fake_quantize layer_norm linear loss vector)
+for name in "${tests[@]/%/_test}" gpu_check; do
+  [[ -n $(find_file "$name") ]] || fail "no $name in $build: build with -DBITFALL_BUILD_TESTS=ON"
+done
+
+# make_bundle: the programs without symbols, and their libraries that are not part of the C library.
+make_bundle() {
+  mkdir -p "$bundle/lib"
+  local name file
+  for name in "${tests[@]/%/_test}" gpu_check; do
+    strip -o "$bundle/$name" "$(find_file "$name")"
+  done
+  strip -o "$bundle/libbitfall_cuda.so" "$library"
+  ldd "$bundle"/*_test "$bundle/gpu_check" | awk '$3 ~ /^\// {print $3}' | sort -u |
+    grep -vE '/(libc|libm|libdl|libpthread|librt|ld-linux[^/]*)\.so' | while read -r file; do
+    cp -Lu "$file" "$bundle/lib/"
+  done
+  cp "${BASH_SOURCE[0]}" "$bundle/gpu_check.sh"
+  tar -C "$(dirname "$bundle")" -cf - "$(basename "$bundle")" | xz -T0 -3 >"$bundle.tar.xz"
+  du -sh "$bundle" "$bundle.tar.xz"
+}
+if [[ -n $bundle ]]; then
+  make_bundle
+  exit 0
+fi
+
+mkdir -p "$out"
+rm -f "$out"/*.log "$out"/results.json
+export BITFALL_CUDA_LIBRARY=$library
+[[ -d $build/lib ]] && export LD_LIBRARY_PATH=$build/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+lines=()
+failed=0
+
+# record NAME STATUS SECONDS DETAIL
+record() {
+  lines+=("{\"check\": \"$1\", \"status\": \"$2\", \"seconds\": $3, \"detail\": \"$4\"}")
+  printf '%-34s %-8s %5d s  %s\n' "$1" "$2" "$3" "$4"
+  [[ $2 != failed ]] || failed=1
+}
+
+# step NAME LIMIT COMMAND...: one line of the table; the log keeps the rest.
+step() {
+  local name=$1 limit=$2 log="$out/$1.log" began=$SECONDS status=passed detail
+  shift 2
+  timeout "$limit" "$@" >"$log" 2>&1 || status=failed
+  detail=$(grep -aE '^\[  (PASSED|FAILED|SKIPPED)' "$log" | grep -aoE '(PASSED|FAILED|SKIPPED).*[0-9]+ tests?' |
+    tr -d ']' | tr -s ' ' | paste -sd, - || true)
+  # A device that is not found skips every test: that is no pass here.
+  if grep -aq 'no GPU:' "$log"; then status=failed detail=$(grep -a -m1 'no GPU:' "$log" | tr -d '"'); fi
+  record "$name" "$status" $((SECONDS - began)) "$detail"
+}
+
+for name in "${tests[@]}"; do
+  step "${name}_test" 120 "$(find_file "${name}_test")" --gtest_filter='*cuda*'
+done
+
+sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer || true)
+for tool in memcheck initcheck racecheck; do
+  for name in fake_quantize attention layer_norm embedding; do
+    if [[ -z $sanitizer ]]; then
+      record "${tool}_$name" skipped 0 "no compute-sanitizer"
+    else
+      step "${tool}_$name" 60 "$sanitizer" --tool "$tool" --error-exitcode 1 \
+        "$(find_file "${name}_test")" --gtest_filter='*cuda*'
+    fi
+  done
+done
+
+step compare 120 "$(find_file gpu_check)" compare
+if command -v mpirun >/dev/null; then
+  step ranks 60 env BITFALL_SHARE_GPU=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
+    mpirun --oversubscribe -np 2 "$(find_file gpu_check)" ranks
+else
+  record ranks skipped 0 "no mpirun"
+fi
+step speed 180 "$(find_file gpu_check)" speed
+
+values=$(cat "$out"/compare.log "$out"/ranks.log "$out"/speed.log 2>/dev/null | grep -a '^{"check"' || true)
+printf '\n%s\n' "$values"
+{
+  echo '['
+  { printf '%s\n' "${lines[@]}" && printf '%s\n' "$values"; } | grep . | paste -sd, | sed 's/},{/},\n{/g'
+  echo ']'
+} >"$out/results.json"
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader >"$out/gpu.txt" 2>/dev/null || true
+echo "results: $out/results.json"
+exit $failed
