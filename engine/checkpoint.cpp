@@ -17,6 +17,7 @@ const std::string kModelFile = "model.safetensors";
 const std::string kOptimizerFile = "optimizer.safetensors";
 const std::string kStateFile = "state.json";
 const std::string kLatestFile = "latest";
+const std::string kClientFile = "client.safetensors";  // only where the caller has tensors
 const std::vector<std::string> kFiles = {kModelFile, kOptimizerFile, kStateFile};
 
 /// In the model file a tensor has the name of its parameter, in the optimizer file one of these
@@ -103,6 +104,14 @@ void check_fits(const fs::path& path, const ParameterStore& store,
       ", it belongs to another model; resume with the model it was trained from");
 }
 
+void write_client_tensors(const fs::path& path, std::span<const ClientTensor> tensors) {
+  std::vector<SafetensorsInfo> infos;
+  for (const ClientTensor& tensor : tensors) infos.push_back(tensor.info);
+  SafetensorsWriter writer(path, infos);
+  for (const ClientTensor& tensor : tensors) writer.write(tensor.bytes);
+  writer.commit();
+}
+
 /// A tag is one folder name.
 void check_tag(const std::string& tag, const fs::path& where) {
   const bool plain = !tag.empty() && tag.find_first_of("/\n\r") == std::string::npos &&
@@ -121,10 +130,25 @@ std::string latest_tag(const fs::path& directory) {
   return tag;
 }
 
+/// The folder of a checkpoint, and its files, which are as they were written.
+struct VerifiedFolder {
+  VerifiedFolder(const fs::path& directory, const std::string& tag) {
+    if (!tag.empty()) check_tag(tag, directory);
+    path = directory / (tag.empty() ? latest_tag(directory) : tag);
+    check<CheckpointError>(fs::is_directory(path), path.string(), ": there is no such checkpoint");
+    if (fs::exists(path / kClientFile)) files.push_back(kClientFile);
+    verify_checksums(path, files);
+  }
+
+  fs::path path;
+  std::vector<std::string> files = kFiles;
+};
+
 }  // namespace
 
 void save_checkpoint(const fs::path& directory, const std::string& tag, const ParameterStore& store,
-                     GatheredParameters& values, const TrainingState& state) {
+                     GatheredParameters& values, const TrainingState& state,
+                     std::span<const ClientTensor> client_tensors) {
   check_tag(tag, directory);
   try {
     StagedFolder folder(directory, tag);
@@ -134,8 +158,13 @@ void save_checkpoint(const fs::path& directory, const std::string& tag, const Pa
     AtomicFile state_file(folder.path() / kStateFile);
     state_file.write(to_json_text(state));
     state_file.commit();
+    std::vector<std::string> files = kFiles;
+    if (!client_tensors.empty()) {
+      write_client_tensors(folder.path() / kClientFile, client_tensors);
+      files.push_back(kClientFile);
+    }
     AtomicFile checksum_file(folder.path() / kChecksumFile);
-    checksum_file.write(checksums_of(folder.path(), kFiles));
+    checksum_file.write(checksums_of(folder.path(), files));
     checksum_file.commit();
     folder.commit();
     AtomicFile latest(directory / kLatestFile);
@@ -147,20 +176,26 @@ void save_checkpoint(const fs::path& directory, const std::string& tag, const Pa
   }
 }
 
+ClientCheckpoint read_client_checkpoint(const fs::path& directory, const std::string& tag) {
+  const VerifiedFolder folder(directory, tag);
+  const fs::path state = folder.path / kStateFile;
+  const bool has_tensors = folder.files.size() > kFiles.size();
+  return {parse_training_state(read_text(state), state.string()).client_state,
+          has_tensors ? folder.path / kClientFile : fs::path()};
+}
+
 LoadedCheckpoint::LoadedCheckpoint(const fs::path& directory, const std::string& tag,
                                    const ParameterStore& store, const CheckpointTensors& tensors,
                                    const std::string& config) {
-  if (!tag.empty()) check_tag(tag, directory);
-  folder_ = directory / (tag.empty() ? latest_tag(directory) : tag);
-  check<CheckpointError>(fs::is_directory(folder_), folder_.string(),
-                         ": there is no such checkpoint");
-  verify_checksums(folder_, kFiles);
+  folder_ = VerifiedFolder(directory, tag).path;
   const fs::path state_path = folder_ / kStateFile;
   state_ = parse_training_state(read_text(state_path), state_path.string());
-  check_same_config(state_.config, config, state_path.string());
+  if (!config.empty()) check_same_config(state_.config, config, state_path.string());
   try {
     check_fits(folder_ / kModelFile, store, kNoEnding);
-    check_fits(folder_ / kOptimizerFile, store, moment_endings(tensors.moments.size()));
+    if (!tensors.moments.empty()) {
+      check_fits(folder_ / kOptimizerFile, store, moment_endings(tensors.moments.size()));
+    }
   } catch (const ModelFileError& error) {
     throw CheckpointError(error.what());
   }

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,7 @@
 #include "core/parameter_store.h"
 #include "eigen_sched/bit_schedule.h"
 #include "engine/loss_scaler.h"
+#include "engine/safetensors.h"
 #include "engine/slices.h"
 
 namespace bitfall {
@@ -36,6 +38,12 @@ struct CheckpointTensors {
   std::vector<Tensor> moments;  ///< exp_avg and exp_avg_sq, likewise, or none
 };
 
+/// A tensor that a checkpoint keeps for the caller.
+struct ClientTensor {
+  SafetensorsInfo info;
+  std::span<const std::byte> bytes;  ///< on the host
+};
+
 /// Writes the checkpoint; an older one of the same tag is replaced in one moment. `values` gives
 /// masters, then moments if there are any. The files do not tell how ranks shared them.
 ///
@@ -43,13 +51,23 @@ struct CheckpointTensors {
 /// was there before then stays.
 void save_checkpoint(const std::filesystem::path& directory, const std::string& tag,
                      const ParameterStore& store, GatheredParameters& values,
-                     const TrainingState& state);
+                     const TrainingState& state, std::span<const ClientTensor> client_tensors = {});
+
+/// What a checkpoint keeps for the caller.
+struct ClientCheckpoint {
+  std::string client_state;
+  std::filesystem::path tensors;  ///< a file of safetensors; empty if there is none
+};
+
+/// Verified as by LoadedCheckpoint, but without a look at the model. Throws CheckpointError.
+ClientCheckpoint read_client_checkpoint(const std::filesystem::path& directory,
+                                        const std::string& tag);
 
 /// A checkpoint that was verified and fits the model, not yet applied.
 class LoadedCheckpoint {
  public:
   /// `tag` empty: the one that `latest` names. `tensors` are those that read() will fill. `config`
-  /// is the run's completed ds_config.
+  /// is the run's completed ds_config; empty: any will do.
   ///
   /// Throws CheckpointError that names the file and what to do for: a missing or damaged file
   /// (sizes and CRC-32 are compared before anything is parsed), parameters of another model, and

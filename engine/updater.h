@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -122,13 +123,26 @@ class Updater {
   /// Frees the memory of evaluation_weights(), which is not needed while training.
   void release_evaluation_weights();
 
+  /// What load_checkpoint() takes from a checkpoint beside weights, counters and bit schedule.
+  struct LoadOptions {
+    enum class Optimizer { restore, keep };  ///< moments and loss scale
+    enum class Configs { equal, any };       ///< of the run that wrote it
+    Optimizer optimizer = Optimizer::restore;
+    Configs configs = Configs::equal;
+  };
+
   /// Writes DIRECTORY/TAG and then DIRECTORY/latest (rank 0). Collective; throws CheckpointError on
   /// every rank if it failed on one.
   void save_checkpoint(const std::filesystem::path& directory, const std::string& tag,
-                       const std::string& client_state);
+                       const std::string& client_state,
+                       std::span<const ClientTensor> client_tensors = {});
   /// Restores everything bit for bit and returns client_state. `tag` empty: the latest. Collective;
   /// throws CheckpointError on every rank if it failed on one, with nothing changed.
-  std::string load_checkpoint(const std::filesystem::path& directory, const std::string& tag);
+  std::string load_checkpoint(const std::filesystem::path& directory, const std::string& tag,
+                              const LoadOptions& options);
+  std::string load_checkpoint(const std::filesystem::path& directory, const std::string& tag) {
+    return load_checkpoint(directory, tag, LoadOptions());
+  }
 
   /// Name -> |quantized - master| / |master| (L2) of each quantized parameter. Collective.
   std::map<std::string, double> quantization_error();

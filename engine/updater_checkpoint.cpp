@@ -20,7 +20,8 @@ void Updater::agree(const std::string& error) const {
 }
 
 void Updater::save_checkpoint(const std::filesystem::path& directory, const std::string& tag,
-                              const std::string& client_state) {
+                              const std::string& client_state,
+                              std::span<const ClientTensor> client_tensors) {
   std::string error;
   const CheckpointTensors tensors = checkpoint_tensors();
   std::vector<Tensor> slices = tensors.moments;
@@ -34,7 +35,7 @@ void Updater::save_checkpoint(const std::filesystem::path& directory, const std:
     state.config = config_.json;
     state.client_state = client_state;
     try {
-      bitfall::save_checkpoint(directory, tag, store_, values, state);
+      bitfall::save_checkpoint(directory, tag, store_, values, state, client_tensors);
     } catch (const std::exception& failure) {
       error = failure.what();
     }
@@ -43,15 +44,19 @@ void Updater::save_checkpoint(const std::filesystem::path& directory, const std:
   agree(error);
 }
 
-std::string Updater::load_checkpoint(const std::filesystem::path& directory,
-                                     const std::string& tag) {
+std::string Updater::load_checkpoint(const std::filesystem::path& directory, const std::string& tag,
+                                     const LoadOptions& options) {
+  const bool with_optimizer = options.optimizer == LoadOptions::Optimizer::restore;
+  const bool any_config = options.configs == LoadOptions::Configs::any;
+  CheckpointTensors tensors = checkpoint_tensors();
+  if (!with_optimizer) tensors.moments.clear();
   std::string error;
   std::optional<LoadedCheckpoint> loaded;
   std::optional<BitSchedule> schedule;
-  LossScaler scaler(config().loss_scale);
+  LossScaler scaler = loss_scaler_;
   try {
-    loaded.emplace(directory, tag, store_, checkpoint_tensors(), config_.json);
-    scaler.restore(loaded->state().loss_scaler);
+    loaded.emplace(directory, tag, store_, tensors, any_config ? "" : config_.json);
+    if (with_optimizer) scaler.restore(loaded->state().loss_scaler);
     if (bit_schedule_) {
       schedule.emplace(*bit_schedule_);
       schedule->restore(loaded->state().bit_schedule);
@@ -61,9 +66,9 @@ std::string Updater::load_checkpoint(const std::filesystem::path& directory,
   }
   agree(error);  // from here on nothing can fail for what the checkpoint holds
 
-  loaded->read(backend_, store_, checkpoint_tensors());
+  loaded->read(backend_, store_, tensors);
   state_ = loaded->state();
-  if (optimizer_) optimizer_->set_steps(state_.optimizer_steps);
+  if (optimizer_ && with_optimizer) optimizer_->set_steps(state_.optimizer_steps);
   loss_scaler_ = scaler;
   if (schedule) bit_schedule_->restore(schedule->state());
   release_evaluation_weights();

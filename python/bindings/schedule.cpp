@@ -9,6 +9,7 @@
 #include "engine/encoder.h"
 #include "engine/factory.h"
 #include "python/bindings/bindings.h"
+#include "python/bindings/step_result.h"
 #include "quantizer/quantizer.h"
 
 namespace py = pybind11;
@@ -56,19 +57,8 @@ py::list plan(const CompletedConfig& completed, int num_layers,
   }
   const std::vector<BitStateSpec> specs =
       bit_states(config.quantize, bert_parameters(num_layers), layer_name);
-  const std::vector<PlannedState> planned =
-      plan_bits(config.quantize, specs, eigenvalue_layers(config, num_layers), values);
-  py::list states;
-  for (std::size_t i = 0; i < planned.size(); ++i) {
-    py::dict state;
-    state["name"] = planned[i].name;
-    state["group"] = specs[i].group;
-    state["block"] = specs[i].block;
-    state["factor"] = planned[i].factor;
-    state["drops"] = planned[i].drops;
-    states.append(state);
-  }
-  return states;
+  return to_list(plan_bits(config.quantize, specs, eigenvalue_layers(config, num_layers), values),
+                 specs);
 }
 
 std::int64_t longest_period(const CompletedConfig& completed, int group, int num_layers, int factor,

@@ -55,6 +55,21 @@ py::dict to_dict(const StepResult& result, const std::vector<BitStateSpec>& stat
   return dict;
 }
 
+py::list to_list(const std::vector<PlannedState>& planned,
+                 const std::vector<BitStateSpec>& states) {
+  py::list list;
+  for (std::size_t i = 0; i < planned.size(); ++i) {
+    py::dict state;
+    state["name"] = planned[i].name;
+    state["group"] = states[i].group;
+    state["block"] = states[i].block;
+    state["factor"] = planned[i].factor;
+    state["drops"] = planned[i].drops;
+    list.append(state);
+  }
+  return list;
+}
+
 py::dict to_dict(const std::map<std::string, QuantizedSize>& sizes) {
   py::dict dict;
   for (const auto& [name, size] : sizes) {

@@ -14,6 +14,10 @@ namespace bitfall::python {
 /// The dict StepResult of _core.pyi.
 pybind11::dict to_dict(const StepResult& result, const std::vector<BitStateSpec>& states);
 
+/// The dicts PlannedState of _core.pyi; `states` parallels `planned`.
+pybind11::list to_list(const std::vector<PlannedState>& planned,
+                       const std::vector<BitStateSpec>& states);
+
 /// The dict of quantized_sizes() of _core.pyi.
 pybind11::dict to_dict(const std::map<std::string, QuantizedSize>& sizes);
 

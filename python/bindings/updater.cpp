@@ -1,14 +1,10 @@
-// Updater: the engine's step for a model that Python runs forward and backward. Its memory goes out
-// as DLPack capsules.
-#include "engine/updater.h"
-
+// bitfall._core.Updater: memory goes out as DLPack capsules, which keep the updater alive.
 #include <pybind11/stl.h>
 
 #include "core/error.h"
-#include "engine/factory.h"
-#include "engine/layer_names.h"
 #include "python/bindings/bindings.h"
 #include "python/bindings/dlpack.h"
+#include "python/bindings/python_updater.h"
 #include "python/bindings/step_result.h"
 
 namespace py = pybind11;
@@ -16,123 +12,53 @@ namespace py = pybind11;
 namespace bitfall::python {
 namespace {
 
-/// (name, shape, block, whether it lies right behind its predecessor)
-using PythonSpec = std::tuple<std::string, std::vector<std::int64_t>, int, bool>;
-
-std::vector<ParameterSpec> to_specs(const std::vector<PythonSpec>& entries) {
-  std::vector<ParameterSpec> specs;
-  for (const auto& [name, shape, block, adjacent] : entries) {
-    specs.push_back(
-        {name, Shape(shape), block, adjacent ? Placement::adjacent : Placement::aligned});
-  }
-  return specs;
-}
-
-/// Numbers of a group; its parameters, indices into the specs, only where it is made.
-ParameterGroup to_group(const py::dict& dict) {
-  ParameterGroup group;
-  if (dict.contains("parameters")) {
-    group.parameters = py::cast<std::vector<std::size_t>>(dict["parameters"]);
-  }
-  group.learning_rate = py::cast<double>(dict["lr"]);
-  group.weight_decay = py::cast<double>(dict["weight_decay"]);
-  group.betas = py::cast<std::array<double, 2>>(dict["betas"]);
-  group.eps = py::cast<double>(dict["eps"]);
-  return group;
-}
-
-std::vector<ParameterGroup> to_groups(const std::vector<py::dict>& dicts) {
-  std::vector<ParameterGroup> groups;
-  for (const py::dict& dict : dicts) groups.push_back(to_group(dict));
-  return groups;
-}
-
-UpdateRule to_rule(const std::optional<std::vector<py::dict>>& groups) {
-  if (!groups) return {UpdateRule::Kind::caller, {}};
-  return {UpdateRule::Kind::groups, to_groups(*groups)};
-}
-
-/// Products of a Python object with begin_block(block) and multiply(v, product); the capsules are
-/// valid during the call.
-class PythonHessian final : public HessianSource {
- public:
-  explicit PythonHessian(py::object object) : object_(std::move(object)) {}
-  PythonHessian(const PythonHessian&) = delete;
-  PythonHessian& operator=(const PythonHessian&) = delete;
-  ~PythonHessian() override {
-    const py::gil_scoped_acquire acquire;
-    object_ = py::object();
-  }
-
-  void begin_block(int block) override {
-    const py::gil_scoped_acquire acquire;
-    object_.attr("begin_block")(block);
-  }
-
-  void multiply(const Tensor& v, const Tensor& product) override {
-    const py::gil_scoped_acquire acquire;
-    object_.attr("multiply")(to_dlpack(v, nullptr), to_dlpack(product, nullptr));
-  }
-
- private:
-  py::object object_;
-};
-
-/// An Updater with its backend. Tensors that Python has taken keep it alive.
-class PythonUpdater {
- public:
-  PythonUpdater(const std::vector<PythonSpec>& specs, const CompletedConfig& config,
-                Communicator& communicator, const std::optional<std::vector<py::dict>>& groups,
-                const py::function& fill)
-      : backend_(make_backend("cpu")),
-        loss_buffer_(backend_->allocate(sizeof(float))),
-        updater_(
-            *backend_, communicator, config, to_specs(specs),
-            [&fill](Backend&, const ParameterStore& store) { fill_masters(store, fill); },
-            to_rule(groups)) {}
-
-  Updater& updater() { return updater_; }
-  Tensor loss() const { return loss_buffer_.view(DType::f32, Shape{1}); }
-
-  py::dict step(const std::vector<py::dict>& groups, const py::object& make_hessian,
-                const py::object& update_masters) {
-    if (updater_.optimizer() != nullptr) updater_.optimizer()->set_numbers(to_groups(groups));
-    StepResult result;
-    {
-      const py::gil_scoped_release release;
-      result = updater_.step(
-          loss(),
-          [&make_hessian]() -> std::unique_ptr<HessianSource> {
-            const py::gil_scoped_acquire acquire;
-            return std::make_unique<PythonHessian>(make_hessian());
-          },
-          [&update_masters] {
-            const py::gil_scoped_acquire acquire;
-            update_masters();
-          });
-    }
-    return to_dict(result, updater_.bit_states());
-  }
-
- private:
-  static void fill_masters(const ParameterStore& store, const py::function& fill) {
-    for (std::size_t index = 0; index < store.parameters().size(); ++index) {
-      fill(index, to_dlpack(store.master(index), nullptr));
-    }
-  }
-
-  std::unique_ptr<Backend> backend_;
-  Buffer loss_buffer_;
-  Updater updater_;
-};
-
 using Shared = std::shared_ptr<PythonUpdater>;
 
-/// One capsule per parameter over a flat buffer of the updater.
-py::list capsules(const Shared& self, const std::string& buffer) {
+py::list to_capsules(const std::vector<Tensor>& tensors, const Shared& owner) {
+  py::list list;
+  for (const Tensor& tensor : tensors) list.append(to_dlpack(tensor, owner));
+  return list;
+}
+
+py::list working(const Shared& self) {
+  const ParameterStore& store = self->updater().store();
+  return to_capsules(store.views(store.working()), self);
+}
+
+py::list gradients(const Shared& self) {
+  return to_capsules(self->updater().gradient_views(), self);
+}
+
+/// (index of the parameter, master, gradient) for what this rank owns: whole parameters in their
+/// shape, parts of them flat.
+py::list owned(const Shared& self) {
+  const ParameterStore& store = self->updater().store();
+  py::list list;
+  for (std::size_t index = 0; index < store.parameters().size(); ++index) {
+    const Parameter& parameter = store.parameters()[index];
+    const FlatRange range = intersection(parameter.range(), store.owned());
+    if (range.numel == 0) continue;
+    const bool whole = range == parameter.range();
+    const Shape shape = whole ? parameter.shape : Shape{range.numel};
+    list.append(py::make_tuple(index, to_dlpack(store.master(range).reshaped(shape), self),
+                               to_dlpack(store.gradient(range).reshaped(shape), self)));
+  }
+  return list;
+}
+
+/// (exp_avg, exp_avg_sq) per parameter; empty where ranks share them or the caller updates.
+py::list moments(const Shared& self) {
   Updater& updater = self->updater();
   const ParameterStore& store = updater.store();
   py::list list;
+<<<<<<< /tmp/bu_cur
+  if (updater.optimizer() == nullptr || store.owned().numel != store.numel()) return list;
+  const std::vector<Tensor> first = store.views(updater.optimizer()->exp_avg());
+  const std::vector<Tensor> second = store.views(updater.optimizer()->exp_avg_sq());
+  for (std::size_t i = 0; i < first.size(); ++i) {
+    list.append(py::make_tuple(to_dlpack(first[i], self), to_dlpack(second[i], self)));
+  }
+=======
   if (buffer == "gradient") {
     for (const Tensor& view : updater.gradient_views()) list.append(to_dlpack(view, self));
     return list;
@@ -146,41 +72,72 @@ py::list capsules(const Shared& self, const std::string& buffer) {
   }
   check<UnsupportedError>(static_cast<bool>(flat), "the updater has no buffer '", buffer, "'");
   for (const Tensor& view : store.views(flat)) list.append(to_dlpack(view, self));
+>>>>>>> /tmp/bu_new
   return list;
+}
+
+/// Offsets into the range of each parameter's block, or into the whole where it is in none.
+std::vector<std::int64_t> block_offsets(PythonUpdater& self) {
+  const ParameterStore& store = self.updater().store();
+  std::vector<std::int64_t> offsets;
+  for (const Parameter& parameter : store.parameters()) {
+    const bool in_block = parameter.block != kNoBlock;
+    offsets.push_back(parameter.offset - (in_block ? store.block_range(parameter.block).begin : 0));
+  }
+  return offsets;
+}
+
+Optimizer& adam(PythonUpdater& self) {
+  check<UnsupportedError>(self.updater().optimizer() != nullptr,
+                          "Updater: the caller updates the masters, there is no Adam here");
+  return *self.updater().optimizer();
 }
 
 }  // namespace
 
 void bind_updater(py::module_& module) {
   const py::call_guard<py::gil_scoped_release> released;
+  const auto of_updater = [](auto member) {
+    return [member](PythonUpdater& self) { return (self.updater().*member)(); };
+  };
   py::class_<PythonUpdater, Shared> updater(module, "Updater");
   updater
       .def(py::init<const std::vector<PythonSpec>&, const CompletedConfig&, Communicator&,
-                    const std::optional<std::vector<py::dict>>&, const py::function&>(),
+                    const PythonGroups&, std::vector<std::string>, const py::function&>(),
            py::arg("parameters"), py::arg("config"), py::arg("communicator"), py::arg("groups"),
-           py::arg("fill"), py::keep_alive<1, 4>())
-      .def("capsules", &capsules, py::arg("buffer"))
+           py::arg("block_names"), py::arg("fill"), py::keep_alive<1, 4>())
+      .def("working", &working)
+      .def("gradients", &gradients)
+      .def("owned", &owned)
+      .def("moments", &moments)
+      .def("block_offsets", &block_offsets)
       .def_property_readonly("loss",
                              [](const Shared& self) { return to_dlpack(self->loss(), self); })
-      .def_property_readonly("loss_scale",
-                             [](PythonUpdater& self) { return self.updater().loss_scale(); })
-      .def_property_readonly("needs_eigenvalues",
-                             [](PythonUpdater& self) { return self.updater().needs_eigenvalues(); })
-      .def_property_readonly(
-          "layer_path",
-          [](PythonUpdater& self) { return layer_path(self.updater().store().parameters()); })
+      .def_property_readonly("loss_scale", of_updater(&Updater::loss_scale))
+      .def_property_readonly("needs_eigenvalues", of_updater(&Updater::needs_eigenvalues))
+      .def_property_readonly("reduces_every_micro_batch",
+                             of_updater(&Updater::reduces_every_micro_batch))
+      .def_property(
+          "optimizer_steps", [](PythonUpdater& self) { return adam(self).steps(); },
+          [](PythonUpdater& self, std::int64_t steps) { adam(self).set_steps(steps); })
       .def(
           "start_reduction",
           [](PythonUpdater& self, int block, bool accumulate) {
             self.updater().start_reduction(block, accumulate ? Accumulate::yes : Accumulate::no);
           },
+<<<<<<< /tmp/bu_cur
+          py::arg("block"), py::arg("accumulate") = false, released)
+=======
           py::arg("block"), py::arg("accumulate"), released)
       .def_property_readonly(
           "reduces_every_micro_batch",
           [](PythonUpdater& self) { return self.updater().reduces_every_micro_batch(); })
+>>>>>>> /tmp/bu_new
       .def("step", &PythonUpdater::step, py::arg("groups"), py::arg("make_hessian"),
-           py::arg("update_masters"));
+           py::arg("update_masters"))
+      .def("plan", &PythonUpdater::plan);
   bind_common(updater, [](PythonUpdater& self) -> Updater& { return self.updater(); });
+  bind_checkpoint(module, updater);
 }
 
 }  // namespace bitfall::python

@@ -187,7 +187,8 @@ class NativeEncoder:
     ) -> NativePass | None:
         """Writes `output`. Raises UnsupportedError for masks that it cannot run, ShapeError for ids out of range."""
 class Updater:
-    """The engine's step over parameters that Python runs forward and backward. Every rank constructs it alike."""
+    """The engine's step over parameters that Python runs forward and backward. Every rank constructs it alike.
+    Capsules are DLPack's; what imports one keeps the updater alive."""
 
     def __init__(
         self,
@@ -197,13 +198,32 @@ class Updater:
         communicator: Communicator,
         # {"lr", "weight_decay", "betas", "eps", "parameters": rising indices} each; None: the caller updates masters
         groups: list[dict[str, Any]] | None,
-        fill: Callable[[int, Any], None],  # (index, DLPack capsule of the f32 master, valid during the call)
+        block_names: list[str],
+        fill: Callable[[int, Any], Any],  # (index, capsule of the f32 master, valid during the call)
     ) -> None: ...
     global_step: int
     skipped_steps: int
     loss_scale: float
-    loss: Any  # DLPack capsule [1] f32: this rank's share of the loss, to be summed up before step()
+    loss: Any  # capsule [1] f32: this rank's share of the loss, to be summed up before step()
     needs_eigenvalues: bool  # at the next step
+<<<<<<< /tmp/bu_cur
+    reduces_every_micro_batch: bool  # ZeRO stage 2, see start_reduction
+    optimizer_steps: int  # of Adam, for its bias correction
+    def working(self) -> list[Any]:
+        """A capsule per parameter, compute dtype: the weights of forward passes."""
+    def gradients(self) -> list[Any]:
+        """A capsule per parameter, f32. At ZeRO stage 2 blocks share memory."""
+    def owned(self) -> list[tuple[int, Any, Any]]:
+        """(index, f32 master, gradient) of what this rank updates: whole parameters, or flat parts of them."""
+    def moments(self) -> list[tuple[Any, Any]]:
+        """(exp_avg, exp_avg_sq) per parameter; empty where ranks share them or the caller updates."""
+    def block_offsets(self) -> list[int]:
+        """Where each parameter begins within the range of its block, in elements."""
+    def start_reduction(self, block: int, accumulate: bool = False) -> None:
+        """The gradients of `block` (-1: of what is in none) are complete: starts their mean over ranks. Once per block
+        and step, from the last to the first, then -1. Where every micro-batch is reduced, once per micro-batch, with
+        `accumulate` in all but the first; the gradients of a block may be written when the one above was started."""
+=======
     layer_path: str  # what the names of block parameters begin with
     def capsules(self, buffer: str) -> list[Any]:
         """One DLPack capsule per parameter over "master", "working", "gradient", "exp_avg" or "exp_avg_sq"."""
@@ -214,20 +234,41 @@ class Updater:
     def start_reduction(self, block: int, accumulate: bool) -> None:
         """The gradients of `block` (-1: of what is in none) are complete. Once per block and step, from the last block
         to -1; where every micro-batch is reduced, once in each, to `accumulate` after the first."""
+>>>>>>> /tmp/bu_new
     def step(
         self,
         groups: list[dict[str, Any]],  # numbers only; ignored where the caller updates masters
         make_hessian: Callable[[], Any],  # an object with begin_block(block) and multiply(v, product)
-        update_masters: Callable[[], None],
+        update_masters: Callable[[], Any],
     ) -> StepResult: ...
+<<<<<<< /tmp/bu_cur
+    def plan(self) -> list[PlannedState]:
+        """The smallest factor for all states, then the largest for blocks if eigenvalues decide."""
+    def save_checkpoint(
+        self,
+        directory: str,
+        tag: str,
+        client_state: str,
+        tensors: dict[str, tuple[str, list[int], Any]],  # name -> (dtype of safetensors, shape, buffer)
+    ) -> None:
+        """As Engine's; `tensors` of rank 0 go with it."""
+    def load_checkpoint(self, directory: str, tag: str, with_optimizer: bool) -> None:
+        """As Engine's, whatever the config was; without the optimizer, moments and loss scale stay."""
+=======
     def save_checkpoint(self, directory: str, tag: str, client_state: str) -> None:
         """As Engine.save_checkpoint. Collective."""
     def load_checkpoint(self, directory: str, tag: str | None = None) -> str:
         """As Engine.load_checkpoint. Collective."""
+>>>>>>> /tmp/bu_new
     def quantization_error(self) -> dict[str, float]: ...
     def quantized_sizes(self) -> dict[str, dict[str, int]]: ...
     def memory_bytes(self) -> dict[str, int]: ...
     def timings(self) -> dict[str, float]: ...
+
+def read_client_checkpoint(
+    directory: str, tag: str | None = None
+) -> tuple[str, dict[str, tuple[str, list[int], bytes]]]:
+    """(client_state, tensors) of a checkpoint that is as it was written."""
 
 def fake_quantize(
     array: npt.NDArray[np.float32],

@@ -19,8 +19,8 @@ def engine_for(model: Any, **changes: Any) -> Any:
 
 def gradients_of(engine: Any) -> dict[str, torch.Tensor]:
     """What the engine has accumulated, zeros where nothing came."""
-    engine._gradients.finish()
-    slices = zip(engine._trained, engine._gradients._slices, strict=True)
+    engine.gradients.finish()
+    slices = zip(engine.trained, engine.gradients._slices, strict=True)
     return {entry.name: gradient.clone() for entry, gradient in slices}
 
 
@@ -69,7 +69,7 @@ def test_tied_parameters_stay_tied() -> None:
     engine.backward(engine(*batches(1)[0]))
     engine.step()
     assert model.head.weight is model.embed.weight
-    assert [entry.name for entry in engine._trained].count("embed.weight") == 1
+    assert [entry.name for entry in engine.trained].count("embed.weight") == 1
 
 
 def test_frozen_parameters_keep_their_values() -> None:

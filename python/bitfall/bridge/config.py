@@ -38,10 +38,14 @@ HUGGING_FACE_FLAGS = {
 READ_BY_THE_BRIDGE = ("fp16.auto_cast", "zero_allow_untested_optimizer")
 
 
-def read_config(config: dict[str, Any] | str | Path, world_size: int) -> CompletedConfig:
+def read_config(
+    config: dict[str, Any] | str | Path, world_size: int, optimizer: dict[str, Any] | None = None
+) -> CompletedConfig:
     """The completed config of a dict, or of a JSON file (comments and trailing commas allowed).
+    `optimizer` stands for the section of that name where it is absent.
 
-    Raises ConfigError for everything that `bitfall check` refuses, and for an "auto" that is left.
+    Raises ConfigError for everything that `bitfall check` refuses, and for an "auto" that is left;
+    InputError for a file that cannot be read and for values that are no JSON.
     """
     if isinstance(config, dict):
         source, text = "config", _to_json(config)
@@ -54,6 +58,12 @@ def read_config(config: dict[str, Any] | str | Path, world_size: int) -> Complet
             "given": True,
         }
     }
+    for key, value in (optimizer or {}).items():
+        flags[f"optimizer.{key}"] = {
+            "flag": "optimizer",
+            "json": json.dumps(value),
+            "given": False,
+        }
     try:
         return _core.parse_config(text, source, flags)
     except _core.ConfigError as error:
@@ -61,6 +71,13 @@ def read_config(config: dict[str, Any] | str | Path, world_size: int) -> Complet
         if hint and '= "auto"' in str(error):
             raise _core.ConfigError(f"{error}. {hint}") from None
         raise
+
+
+def has_section(config: CompletedConfig, section: str) -> bool:
+    """Whether the user's config says something in a section."""
+    return any(
+        key.startswith(f"{section}.") and origin == "file" for key, origin in config.origins.items()
+    )
 
 
 def relevant_warnings(config: CompletedConfig) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from bitfall._core import ConfigError
 from bitfall.errors import InputError
 
 if TYPE_CHECKING:
@@ -84,6 +86,48 @@ def _index_in_list(name: str, layer_name: str | None) -> tuple[str, int] | None:
         return (match[1] or "", int(match[2])) if match else None
     match = re.match(rf"{re.escape(layer_name)}\.(\d+)\.", name)
     return (layer_name, int(match[1])) if match else None
+
+
+def check_layers(names: Sequence[str], section: dict[str, Any]) -> str:
+    """layer_name of the config section "eigenvalue", if the parameters `names` have such a list of
+    layer_num entries (0: of any number). Raises ConfigError otherwise."""
+    path, count = section["layer_name"], section["layer_num"]
+    indices = {f[1] for f in (_index_in_list(name, path) for name in names) if f is not None}
+    if not indices:
+        numbers = block_numbers(names, None)
+        example = next((name for name in names if numbers[name] != NO_BLOCK), None)
+        found = _index_in_list(example, None) if example is not None else None
+        advice = f"the model's layers are '{found[0]}'" if found else "the model has no layers"
+        raise ConfigError(f'eigenvalue.layer_name = "{path}": {advice}')
+    if count not in (0, len(indices)):
+        raise ConfigError(
+            f"eigenvalue.layer_num = {count}: the model has {len(indices)} layers; write"
+            f" {len(indices)} or leave the key out"
+        )
+    return path
+
+
+def eigenvalue_section(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a completed config: at top level, or in quantize_training."""
+    nested = config.get("quantize_training", {}).get("eigenvalue", {})
+    section = config.get("eigenvalue", nested)
+    return {"layer_name": section["layer_name"], "layer_num": section.get("layer_num", 0)}
+
+
+def block_names(trained: Sequence[Trained]) -> list[str]:
+    """Names of the blocks, "bert.encoder.layer.3", in their order."""
+    names: dict[int, list[str]] = {}
+    for entry in trained:
+        names.setdefault(entry.block, []).append(entry.name)
+    return [_common_index(names[block]) for block in sorted(names) if block != NO_BLOCK]
+
+
+def _common_index(names: Sequence[str]) -> str:
+    """What the names begin with, up to the last index that they share."""
+    parts = [name.split(".") for name in names]
+    common = list(itertools.takewhile(lambda same: len(set(same)) == 1, zip(*parts, strict=False)))
+    last = max(index for index, same in enumerate(common) if same[0].isdigit())
+    return ".".join(same[0] for same in common[: last + 1])
 
 
 def specs(trained: Sequence[Trained]) -> list[tuple[str, list[int], int, bool]]:

@@ -9,8 +9,6 @@ from bitfall import _core
 from bitfall.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
-
     from bitfall._core import CompletedConfig
 
 
@@ -18,7 +16,7 @@ class ConfiguredSchedule:
     """Writes the rate of the next step into every param_group. Its subclasses carry the names of
     DeepSpeed's classes, which Hugging Face compares."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, config: CompletedConfig) -> None:
+    def __init__(self, optimizer: Any, config: CompletedConfig) -> None:
         """Rates that a formula scales are those of the groups as they are now."""
         self.optimizer = optimizer
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
@@ -56,7 +54,7 @@ class ConfiguredSchedule:
             group["lr"] = rate
 
 
-def make_schedule(given: Any, optimizer: torch.optim.Optimizer, config: CompletedConfig) -> Any:
+def make_schedule(given: Any, optimizer: Any, config: CompletedConfig) -> Any:
     """`given` (a scheduler, or a function that makes one of the optimizer), otherwise the one that
     the config names, otherwise None.
 
@@ -65,7 +63,7 @@ def make_schedule(given: Any, optimizer: torch.optim.Optimizer, config: Complete
     if hasattr(given, "step"):
         return given
     if callable(given):
-        return given(optimizer)
+        return given(getattr(optimizer, "optimizer", optimizer))  # torch's, for torch's schedulers
     if given is not None:
         raise InputError(
             f"initialize(lr_scheduler={type(given).__name__}): expected an object with step(), or"
