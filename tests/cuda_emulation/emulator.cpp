@@ -1,0 +1,210 @@
+#include "tests/cuda_emulation/emulator.h"
+
+#include <cuda_runtime.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <vector>
+
+namespace emulator {
+
+Index thread_index, block_index, block_size, grid_size;
+
+namespace {
+
+constexpr std::size_t kStackBytes = 256 * 1024;
+constexpr std::size_t kMostSharedBytes = 227 * 1024, kMostThreads = 1024;
+constexpr unsigned kMostAlongAxis = 65535;  ///< of y and z
+
+enum class Waiting { no, for_block, for_warp };
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(kStackBytes);
+  Index index;
+  std::size_t number;
+  Waiting waiting;
+  bool done;
+  std::size_t exchanges;  ///< begun
+};
+
+/// Two sets of words in turn: nobody begins an exchange before all lanes have begun the last one.
+struct Warp {
+  std::array<std::uint64_t, 32> words[2];
+  std::size_t arrivals[2];
+};
+
+std::vector<Fiber> fibers;  ///< kept, for their stacks
+std::vector<Warp> warps;
+std::vector<std::byte> shared_memory;
+ucontext_t scheduler;
+Fiber* running = nullptr;
+const std::function<void()>* body = nullptr;
+
+void yield() { swapcontext(&running->context, &scheduler); }
+
+void fiber_main() {
+  (*body)();
+  running->done = true;
+  yield();
+}
+
+void prepare_block(std::size_t threads) {
+  if (fibers.size() < threads) fibers.resize(threads);
+  warps.assign((threads + 31) / 32, Warp{});
+  for (std::size_t number = 0; number < threads; ++number) {
+    Fiber& fiber = fibers[number];
+    const auto n = static_cast<unsigned>(number);
+    fiber.index = {n % block_size.x, n / block_size.x % block_size.y,
+                   n / block_size.x / block_size.y};
+    fiber.number = number;
+    fiber.waiting = Waiting::no;
+    fiber.done = false;
+    fiber.exchanges = 0;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = &scheduler;
+    makecontext(&fiber.context, fiber_main, 0);
+  }
+}
+
+/// Lets a fiber go on until it waits or ends; returns whether it came further.
+bool advance(Fiber& fiber) {
+  const std::size_t exchanges = fiber.exchanges;
+  const Waiting before = fiber.waiting;
+  fiber.waiting = Waiting::no;
+  running = &fiber;
+  thread_index = fiber.index;
+  swapcontext(&scheduler, &fiber.context);
+  const bool same = !fiber.done && fiber.waiting == Waiting::for_warp &&
+                    before == Waiting::for_warp && fiber.exchanges == exchanges;
+  return !same;
+}
+
+void run_block(std::size_t threads) {
+  prepare_block(threads);
+  std::size_t alive = threads;
+  while (alive > 0) {
+    bool progress = false;
+    std::size_t at_barrier = 0;
+    for (std::size_t number = 0; number < threads; ++number) {
+      Fiber& fiber = fibers[number];
+      if (fiber.done) continue;
+      if (fiber.waiting == Waiting::for_block) {
+        ++at_barrier;
+        continue;
+      }
+      progress = advance(fiber) || progress;
+      alive -= fiber.done ? 1 : 0;
+    }
+    if (at_barrier > 0 && at_barrier == alive) {
+      for (std::size_t number = 0; number < threads; ++number) fibers[number].waiting = Waiting::no;
+      progress = true;
+    }
+    check(progress || alive == 0, "threads wait for others that never come");
+  }
+}
+
+}  // namespace
+
+void check(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "CUDA emulation: %s (block %u %u %u)\n", what, block_index.x, block_index.y,
+               block_index.z);
+  std::abort();
+}
+
+int lane() { return static_cast<int>(running->number % 32); }
+
+void wait_for_block() {
+  running->waiting = Waiting::for_block;
+  yield();
+}
+
+std::array<std::uint64_t, 32> exchange_words(std::uint64_t word) {
+  Fiber& self = *running;
+  Warp& warp = warps[self.number / 32];
+  const std::size_t set = self.exchanges % 2;
+  const std::size_t awaited = 32 * (self.exchanges / 2 + 1);
+  ++self.exchanges;
+  warp.words[set][self.number % 32] = word;
+  ++warp.arrivals[set];
+  while (warp.arrivals[set] < awaited) {
+    self.waiting = Waiting::for_warp;
+    yield();
+  }
+  return warp.words[set];
+}
+
+void* dynamic_shared_memory() {
+  const auto address = reinterpret_cast<std::uintptr_t>(shared_memory.data());
+  return reinterpret_cast<void*>((address + 255) / 256 * 256);
+}
+
+void run(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& kernel) {
+  const std::size_t threads = std::size_t{block.x} * block.y * block.z;
+  check(threads > 0 && threads <= kMostThreads, "bad block size");
+  check(grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.y <= kMostAlongAxis &&
+            grid.z <= kMostAlongAxis,
+        "bad grid size");
+  check(shared_bytes <= kMostSharedBytes, "too much shared memory");
+  grid_size = {grid.x, grid.y, grid.z};
+  block_size = {block.x, block.y, block.z};
+  body = &kernel;
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        block_index = {x, y, z};
+        shared_memory.assign(shared_bytes + 256, std::byte{0xff});  // NaN
+        run_block(threads);
+      }
+    }
+  }
+}
+
+}  // namespace emulator
+
+namespace {
+
+constexpr std::size_t kPage = 4096;
+std::map<void*, std::pair<void*, std::size_t>> mappings;
+
+}  // namespace
+
+cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
+  if (bytes > std::size_t{1} << 40) return cudaErrorMemoryAllocation;
+  const std::size_t rounded = (bytes + 31) / 32 * 32;
+  const std::size_t total = (rounded + kPage - 1) / kPage * kPage + 2 * kPage;
+  void* const mapping =
+      mmap(nullptr, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapping == MAP_FAILED) return cudaErrorMemoryAllocation;
+  auto* const begin = static_cast<std::byte*>(mapping);
+  mprotect(begin, kPage, PROT_NONE);
+  mprotect(begin + total - kPage, kPage, PROT_NONE);
+  *memory = begin + total - kPage - rounded;
+  mappings[*memory] = {mapping, total};
+  return cudaSuccess;
+}
+
+cudaError_t cudaFree(void* memory) {
+  const auto found = mappings.find(memory);
+  if (found == mappings.end()) return cudaSuccess;
+  munmap(found->second.first, found->second.second);
+  mappings.erase(found);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void* destination, const void* source, std::size_t bytes,
+                            cudaMemcpyKind, cudaStream_t) {
+  std::memmove(destination, source, bytes);
+  return cudaSuccess;
+}

@@ -1,0 +1,59 @@
+// Runs CUDA kernels on the CPU, so that their logic is tested where there is no GPU: indices,
+// tails, barriers, warps that leave early. Threads of a block are fibers that take turns at
+// barriers and warp operations; a warp operation that not all lanes reach is a deadlock, and
+// reported.
+//
+// What it cannot find: races within a warp between two waits, the rounding of tensor cores and
+// fused multiply-add, limits of registers, anything about speed.
+#pragma once
+
+#include <array>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+struct CUstream_st;
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace emulator {
+
+struct Index {
+  unsigned x, y, z;
+};
+extern Index thread_index, block_index, block_size, grid_size;
+
+/// Ends the program with `what` unless `condition` holds.
+void check(bool condition, const char* what);
+/// Position of the running thread in its warp.
+int lane();
+void wait_for_block();
+/// The words of all lanes of the warp, once each has brought its own.
+std::array<std::uint64_t, 32> exchange_words(std::uint64_t word);
+void* dynamic_shared_memory();
+/// Calls `body` as every thread of every block.
+void run(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& body);
+
+template <typename T>
+std::array<T, 32> exchange(T value) {
+  std::uint64_t word = 0;
+  std::memcpy(&word, &value, sizeof(value));
+  const std::array<std::uint64_t, 32> words = exchange_words(word);
+  std::array<T, 32> values;
+  for (std::size_t i = 0; i < 32; ++i) std::memcpy(&values[i], &words[i], sizeof(T));
+  return values;
+}
+
+/// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), as convert.py writes it.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
+            CUstream_st*, const Arguments&... arguments) {
+  run(grid, block, shared_bytes, [&] { kernel(arguments...); });
+}
+
+}  // namespace emulator

@@ -1,0 +1,15 @@
+#pragma once
+
+#include "core/dtype.h"
+
+struct __nv_bfloat16 {
+  std::uint16_t bits;
+};
+
+inline float __bfloat162float(__nv_bfloat16 value) {
+  return bitfall::to_float(bitfall::BFloat16{value.bits});
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+  return {bitfall::from_float<bitfall::BFloat16>(value).bits};
+}
+inline std::uint16_t __bfloat16_as_ushort(__nv_bfloat16 value) { return value.bits; }

@@ -1,0 +1,129 @@
+// What csrc_cuda uses of CUDA, on the CPU: see emulator.h. Stands in for NVIDIA's header of the
+// same name.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "tests/cuda_emulation/emulator.h"
+
+#define CUDART_VERSION 13000
+#define __device__
+#define __host__
+#define __global__
+#define __launch_bounds__(threads)
+// One block runs at a time, so what its threads share may be static.
+#define __shared__ static
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorNoDevice = 100 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline constexpr unsigned cudaStreamNonBlocking = 1;
+
+struct CUstream_st {};
+struct CUevent_st {};
+using cudaStream_t = CUstream_st*;
+using cudaEvent_t = CUevent_st*;
+
+struct cudaUUID_t {
+  char bytes[16];
+};
+struct cudaDeviceProp {
+  char name[256];
+  cudaUUID_t uuid;
+  std::size_t totalGlobalMem;
+  int major, minor;
+};
+struct float2 {
+  float x, y;
+};
+
+inline const char* cudaGetErrorName(cudaError_t) { return "error of the emulator"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "see its standard error"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  *properties = {"emulator on the CPU", {}, std::size_t{8} << 30, 9, 0};
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  *stream = new CUstream_st;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  delete stream;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaMemGetInfo(std::size_t* free_bytes, std::size_t* total_bytes) {
+  *free_bytes = *total_bytes = 0;
+  return cudaSuccess;
+}
+/// Between two pages that may not be touched, so that accesses outside end the program.
+cudaError_t cudaMalloc(void** memory, std::size_t bytes);
+cudaError_t cudaFree(void* memory);
+cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t);
+cudaError_t cudaMemcpyAsync(void* destination, const void* source, std::size_t bytes,
+                            cudaMemcpyKind, cudaStream_t);
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+
+// --- what kernels call
+
+#define threadIdx (emulator::thread_index)
+#define blockIdx (emulator::block_index)
+#define blockDim (emulator::block_size)
+#define gridDim (emulator::grid_size)
+
+inline void __syncthreads() { emulator::wait_for_block(); }
+inline void __syncwarp() { emulator::exchange<int>(0); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int distance) {
+  return emulator::exchange(value)[emulator::lane() ^ distance];
+}
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  const auto votes = emulator::exchange(vote);
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(votes[lane]) << lane;
+  return bits;
+}
+inline int __reduce_min_sync(unsigned, int value) {
+  for (const int other : emulator::exchange(value)) value = other < value ? other : value;
+  return value;
+}
+inline int __reduce_max_sync(unsigned, int value) {
+  for (const int other : emulator::exchange(value)) value = other > value ? other : value;
+  return value;
+}
+
+template <typename T>
+T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <typename T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}
+inline int atomicMin(int* address, int value) {
+  const int old = *address;
+  *address = min(old, value);
+  return old;
+}
+inline int atomicMax(int* address, int value) {
+  const int old = *address;
+  *address = max(old, value);
+  return old;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
+inline float normcdff(float x) { return 0.5f * erfcf(-x * 0.70710678f); }
