@@ -51,28 +51,12 @@ py::list moments(const Shared& self) {
   Updater& updater = self->updater();
   const ParameterStore& store = updater.store();
   py::list list;
-<<<<<<< /tmp/bu_cur
   if (updater.optimizer() == nullptr || store.owned().numel != store.numel()) return list;
   const std::vector<Tensor> first = store.views(updater.optimizer()->exp_avg());
   const std::vector<Tensor> second = store.views(updater.optimizer()->exp_avg_sq());
   for (std::size_t i = 0; i < first.size(); ++i) {
     list.append(py::make_tuple(to_dlpack(first[i], self), to_dlpack(second[i], self)));
   }
-=======
-  if (buffer == "gradient") {
-    for (const Tensor& view : updater.gradient_views()) list.append(to_dlpack(view, self));
-    return list;
-  }
-  Tensor flat;
-  if (buffer == "master") flat = store.master();
-  if (buffer == "working") flat = store.working();
-  if (updater.optimizer() != nullptr) {
-    if (buffer == "exp_avg") flat = updater.optimizer()->exp_avg();
-    if (buffer == "exp_avg_sq") flat = updater.optimizer()->exp_avg_sq();
-  }
-  check<UnsupportedError>(static_cast<bool>(flat), "the updater has no buffer '", buffer, "'");
-  for (const Tensor& view : store.views(flat)) list.append(to_dlpack(view, self));
->>>>>>> /tmp/bu_new
   return list;
 }
 
@@ -125,14 +109,7 @@ void bind_updater(py::module_& module) {
           [](PythonUpdater& self, int block, bool accumulate) {
             self.updater().start_reduction(block, accumulate ? Accumulate::yes : Accumulate::no);
           },
-<<<<<<< /tmp/bu_cur
           py::arg("block"), py::arg("accumulate") = false, released)
-=======
-          py::arg("block"), py::arg("accumulate"), released)
-      .def_property_readonly(
-          "reduces_every_micro_batch",
-          [](PythonUpdater& self) { return self.updater().reduces_every_micro_batch(); })
->>>>>>> /tmp/bu_new
       .def("step", &PythonUpdater::step, py::arg("groups"), py::arg("make_hessian"),
            py::arg("update_masters"))
       .def("plan", &PythonUpdater::plan);

@@ -206,7 +206,6 @@ class Updater:
     loss_scale: float
     loss: Any  # capsule [1] f32: this rank's share of the loss, to be summed up before step()
     needs_eigenvalues: bool  # at the next step
-<<<<<<< /tmp/bu_cur
     reduces_every_micro_batch: bool  # ZeRO stage 2, see start_reduction
     optimizer_steps: int  # of Adam, for its bias correction
     def working(self) -> list[Any]:
@@ -223,25 +222,12 @@ class Updater:
         """The gradients of `block` (-1: of what is in none) are complete: starts their mean over ranks. Once per block
         and step, from the last to the first, then -1. Where every micro-batch is reduced, once per micro-batch, with
         `accumulate` in all but the first; the gradients of a block may be written when the one above was started."""
-=======
-    layer_path: str  # what the names of block parameters begin with
-    def capsules(self, buffer: str) -> list[Any]:
-        """One DLPack capsule per parameter over "master", "working", "gradient", "exp_avg" or "exp_avg_sq"."""
-    @property
-    def reduces_every_micro_batch(self) -> bool:
-        """ZeRO stage 2: start_reduction() belongs to each micro-batch, and blocks share memory: gradients of a block
-        may be written once start_reduction() of the one above has returned."""
-    def start_reduction(self, block: int, accumulate: bool) -> None:
-        """The gradients of `block` (-1: of what is in none) are complete. Once per block and step, from the last block
-        to -1; where every micro-batch is reduced, once in each, to `accumulate` after the first."""
->>>>>>> /tmp/bu_new
     def step(
         self,
         groups: list[dict[str, Any]],  # numbers only; ignored where the caller updates masters
         make_hessian: Callable[[], Any],  # an object with begin_block(block) and multiply(v, product)
         update_masters: Callable[[], Any],
     ) -> StepResult: ...
-<<<<<<< /tmp/bu_cur
     def plan(self) -> list[PlannedState]:
         """The smallest factor for all states, then the largest for blocks if eigenvalues decide."""
     def save_checkpoint(
@@ -254,12 +240,6 @@ class Updater:
         """As Engine's; `tensors` of rank 0 go with it."""
     def load_checkpoint(self, directory: str, tag: str, with_optimizer: bool) -> None:
         """As Engine's, whatever the config was; without the optimizer, moments and loss scale stay."""
-=======
-    def save_checkpoint(self, directory: str, tag: str, client_state: str) -> None:
-        """As Engine.save_checkpoint. Collective."""
-    def load_checkpoint(self, directory: str, tag: str | None = None) -> str:
-        """As Engine.load_checkpoint. Collective."""
->>>>>>> /tmp/bu_new
     def quantization_error(self) -> dict[str, float]: ...
     def quantized_sizes(self) -> dict[str, dict[str, int]]: ...
     def memory_bytes(self) -> dict[str, int]: ...

@@ -69,23 +69,6 @@ class DeepSpeedEngine(EngineInfo):
             if parameter not in ours
         ]
         self._loss = torch.from_dlpack(updater.loss)
-<<<<<<< /tmp/bu_cur
-=======
-        self._boundary: bool | None = None
-        self._bind()
-        self._gradients = Gradients(
-            trained,
-            tensors(updater, "gradient"),
-            updater.start_reduction,
-            overlap=communicator.world_size > 1,
-            every_backward=updater.reduces_every_micro_batch,
-        )
-
-    def _bind(self) -> None:
-        for entry, working in zip(self._trained, self._working, strict=True):
-            entry.parameter.data = working
-            entry.parameter.grad = None
->>>>>>> /tmp/bu_new
 
     # --- the training step
 
