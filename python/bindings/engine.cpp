@@ -97,6 +97,20 @@ void bind_engine(py::module_& module) {
       .def("train_batch", &PythonEngine::train_batch, py::arg("micro_batches"))
       .def("evaluate", &PythonEngine::evaluate, py::arg("batch"))
       .def("prepare_evaluation", &PythonEngine::prepare_evaluation, released)
+      .def(
+          "save_checkpoint",
+          [](PythonEngine& self, const std::string& directory, const std::string& tag,
+             const std::string& client_state) {
+            self.updater().save_checkpoint(directory, tag, client_state);
+          },
+          py::arg("directory"), py::arg("tag"), py::arg("client_state"), released)
+      .def(
+          "load_checkpoint",
+          [](PythonEngine& self, const std::string& directory,
+             const std::optional<std::string>& tag) {
+            return self.updater().load_checkpoint(directory, tag.value_or(""));
+          },
+          py::arg("directory"), py::arg("tag") = py::none(), released)
       .def("save_model", &PythonEngine::save_model, py::arg("directory"), py::arg("weights"),
            released);
   bind_common(engine, [](PythonEngine& self) -> Updater& { return self.updater(); });

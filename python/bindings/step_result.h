@@ -26,7 +26,6 @@ template <typename Class, typename UpdaterOf>
 void bind_common(Class& bound, UpdaterOf updater_of) {
   namespace py = pybind11;
   using Self = typename Class::type;
-  const py::call_guard<py::gil_scoped_release> released;
   const auto of_updater = [updater_of](auto member) {
     return [updater_of, member](Self& self) { return (updater_of(self).*member)(); };
   };
@@ -35,20 +34,6 @@ void bind_common(Class& bound, UpdaterOf updater_of) {
       .def("quantization_error", of_updater(&Updater::quantization_error))
       .def("quantized_sizes",
            [updater_of](Self& self) { return to_dict(updater_of(self).quantized_sizes()); })
-      .def(
-          "save_checkpoint",
-          [updater_of](Self& self, const std::string& directory, const std::string& tag,
-                       const std::string& client_state) {
-            updater_of(self).save_checkpoint(directory, tag, client_state);
-          },
-          py::arg("directory"), py::arg("tag"), py::arg("client_state"), released)
-      .def(
-          "load_checkpoint",
-          [updater_of](Self& self, const std::string& directory,
-                       const std::optional<std::string>& tag) {
-            return updater_of(self).load_checkpoint(directory, tag.value_or(""));
-          },
-          py::arg("directory"), py::arg("tag") = py::none(), released)
       .def("memory_bytes", of_updater(&Updater::memory_bytes))
       .def("timings", of_updater(&Updater::timings));
 }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pytest
 
@@ -12,13 +10,6 @@ pytest.importorskip("torch", reason="PyTorch is not installed")
 import bitfall
 import torch
 from bitfall._core import CheckpointError
-from bitfall.bridge.deepspeed_loading import (
-    client_optimizer_state,
-    load_deepspeed_checkpoint,
-    restore_rest,
-    restore_updater,
-)
-from bitfall.deepspeed_checkpoint import read_deepspeed_checkpoint
 from bridge_models import batches, tiny
 from deepspeed_files import Run
 
@@ -89,10 +80,15 @@ def test_goes_on_as_adamw_would(tmp_path, trained, stage):
     fresh = tiny(seed=9).eval()
     fresh.layers[0].dense.bias.requires_grad_(False)
     engine, _, _, _ = bitfall.initialize(model=fresh, config=CONFIG)
-    path, client_state = load_deepspeed_checkpoint(engine, tmp_path, None)
+    path, client_state = engine.load_checkpoint(tmp_path)
     assert (path, client_state["epoch"]) == (str(tmp_path / "global_step5"), 3)
     assert engine.global_steps == 3
 
+    assert_goes_on(engine, model, optimizer)
+
+
+def assert_goes_on(engine, model, optimizer):
+    """Five more steps of the engine are those of plain PyTorch."""
     rest = batches(5, seed=2)
     expected = train(model, optimizer, rest)
     for batch, loss in zip(rest, expected, strict=True):
@@ -121,42 +117,68 @@ def test_groups_and_their_numbers(tmp_path, trained):
     engine, optimizer, _, _ = bitfall.initialize(
         model=fresh, model_parameters=groups, config=CONFIG
     )
-    load_deepspeed_checkpoint(engine, tmp_path, None)
+    engine.load_checkpoint(tmp_path)
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.01]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1]
 
 
-def test_a_torch_optimizer_gets_its_state(tmp_path, trained):
-    model, optimizer = trained
-    TorchRun.of(model, optimizer, 3, stage=1).write(tmp_path)
-    found = read_deepspeed_checkpoint(tmp_path)
-    fresh = copy.deepcopy(model)
-    names = [name for name, p in fresh.named_parameters() if p.requires_grad]
-    other = torch.optim.AdamW([dict(fresh.named_parameters())[name] for name in names], lr=0.5)
-    groups = [{key: value for key, value in other.param_groups[0].items() if key != "params"}]
-    other.load_state_dict(client_optimizer_state(found, groups, [names]))
-    rest = batches(4, seed=2)
-    assert train(fresh, other, rest) == train(model, optimizer, rest)
+def test_a_torch_optimizer_is_run_by_the_engine(tmp_path, trained):
+    """As Hugging Face has it without a section "optimizer"."""
+    TorchRun.of(*trained, 3, stage=0, groups=2).write(tmp_path)
+    fresh = tiny(seed=9).eval()
+    fresh.layers[0].dense.bias.requires_grad_(False)
+    names = [n for n, p in fresh.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in fresh.parameters() if p.requires_grad and p.dim() == dims]}
+        for dims in (2, 1)
+    ]
+    assert len(names) == sum(len(group["params"]) for group in groups)
+    optimizer = torch.optim.AdamW(groups, lr=0.5)
+    config = {key: value for key, value in CONFIG.items() if key != "optimizer"}
+    engine, _, _, _ = bitfall.initialize(model=fresh, optimizer=optimizer, config=config)
+    engine.load_checkpoint(tmp_path)
+    assert_goes_on(engine, *trained)
+
+
+def test_another_optimizer_gets_the_weights_only(tmp_path, trained):
+    TorchRun.of(*trained, 3, stage=1).write(tmp_path)
+    fresh = tiny(seed=9)
+    fresh.layers[0].dense.bias.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in fresh.parameters() if p.requires_grad], lr=0.1)
+    config = {key: value for key, value in CONFIG.items() if key != "optimizer"}
+    engine, _, _, _ = bitfall.initialize(model=fresh, optimizer=optimizer, config=config)
+    with pytest.raises(CheckpointError, match="only the state of Adam and AdamW"):
+        engine.load_checkpoint(tmp_path)
+    engine.load_checkpoint(tmp_path, load_optimizer_states=False)
+    for mine, theirs in zip(engine.module.parameters(), trained[0].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_checkpoint_of_another_model_changes_nothing(tmp_path, trained):
     TorchRun.of(*trained, 3, stage=1).write(tmp_path)
-    found = read_deepspeed_checkpoint(tmp_path)
-    engine, _, _, _ = bitfall.initialize(model=tiny(width=8), config=CONFIG)
-    before = [parameter.clone() for parameter in engine.module.parameters()]
-    parts = engine._trained, engine._communicator
-    with pytest.raises(CheckpointError, match=r"'embed\.weight' is float32 \[24, 16\], but"):
-        restore_updater(found, engine._updater, *parts, with_moments=True)
-    for old, new in zip(before, engine.module.parameters(), strict=True):
-        assert torch.equal(old, new)
+    model = tiny(width=8)
+    engine, _, _, _ = bitfall.initialize(model=model, config=CONFIG)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=r"has shape \[16\] for 'shift', which is \[8\]"):
-        restore_rest(found, engine.module, engine._trained, strict=True)
-    other = tiny()
-    other.register_buffer("extra", torch.zeros(2))
+        engine.load_checkpoint(tmp_path)
+    del model.shift
+    with pytest.raises(CheckpointError, match=r"'embed\.weight' is float32 \[24, 16\], but"):
+        engine.load_checkpoint(tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_missing_buffers_are_refused_unless_told_otherwise(tmp_path, trained):
+    TorchRun.of(*trained, 3, stage=1).write(tmp_path)
+    model = tiny()
+    model.layers[0].dense.bias.requires_grad_(False)
+    model.register_buffer("extra", torch.ones(2))
+    engine, _, _, _ = bitfall.initialize(model=model, config=CONFIG)
     with pytest.raises(CheckpointError, match="has no 'extra'"):
-        restore_rest(found, other, [], strict=True)
-    restore_rest(found, other, [], strict=False)
-    assert torch.equal(other.shift, trained[0].shift)
+        engine.load_checkpoint(tmp_path)
+    engine.load_checkpoint(tmp_path, load_module_strict=False)
+    assert torch.equal(model.shift, trained[0].shift)
+    assert model.extra.tolist() == [1, 1]
 
 
 def test_scheduler_goes_on(tmp_path, trained):
@@ -170,7 +192,7 @@ def test_scheduler_goes_on(tmp_path, trained):
     engine, optimizer, _, schedule = bitfall.initialize(
         model=fresh, config={**CONFIG, "scheduler": scheduler}
     )
-    load_deepspeed_checkpoint(engine, tmp_path, None)
+    engine.load_checkpoint(tmp_path)
     assert schedule.last_batch_iteration == 2
     # 2 of 10 steps, as DeepSpeed counts
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.002)
@@ -181,8 +203,10 @@ def test_without_optimizer_states_training_begins_anew_at_the_weights(tmp_path, 
     fresh = tiny(seed=9)
     fresh.layers[0].dense.bias.requires_grad_(False)
     engine, optimizer, _, _ = bitfall.initialize(model=fresh, config=CONFIG)
-    load_deepspeed_checkpoint(engine, tmp_path, None, optimizer_states=False)
+    engine.load_checkpoint(tmp_path, load_optimizer_states=False)
     assert optimizer.param_groups[0]["lr"] == 0.5
     for mine, theirs in zip(engine.module.parameters(), trained[0].parameters(), strict=True):
         assert torch.equal(mine, theirs)
-    assert not any(torch.from_dlpack(m).any() for m in engine._updater.capsules("exp_avg"))
+    moments = [optimizer.state[p]["exp_avg"] for p in optimizer.state]
+    assert moments
+    assert not any(moment.any() for moment in moments)

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitfall import _core
+from bitfall.bridge.deepspeed_loading import load_deepspeed_checkpoint
 from bitfall.bridge.optimizer import ClientOptimizer
 from bitfall.bridge.state import decode, encode, pack, unpack
+from bitfall.deepspeed_checkpoint import is_deepspeed_checkpoint
 from bitfall.errors import UsageError
 
 if TYPE_CHECKING:
@@ -67,6 +69,8 @@ def load(
     tag = tag or (directory / LATEST).read_text(encoding="utf-8").strip()
     if engine.updater is None:
         raise UsageError("load_checkpoint(): the engine has no optimizer, so it trains nothing")
+    if is_deepspeed_checkpoint(directory / tag):
+        return load_deepspeed_checkpoint(engine, directory, tag, wanted)
     text, packed = _core.read_client_checkpoint(str(directory), tag)
     state = _parse(text, directory / tag)
     tensors = {name: unpack(value) for name, value in packed.items()}
