@@ -99,7 +99,7 @@ class DeepSpeedEngine(EngineInfo):
         _check_loss(loss)
         if scale_wrt_gas and self._accumulation_steps > 1:
             loss = loss / self._accumulation_steps
-        if not gradients.any_came:
+        if not gradients.any_filled:
             self._loss.zero_()
         self._loss.add_(loss.detach().float().reshape(1))
         self.micro_batches.weigh(loss)
@@ -113,7 +113,7 @@ class DeepSpeedEngine(EngineInfo):
         _, gradients = self._training("engine.step()")
         if self._in_no_sync:
             raise UsageError("engine.step() inside of no_sync(): leave it first")
-        if not gradients.any_came:
+        if not gradients.any_filled:
             raise UsageError(
                 "engine.step() without a gradient: call engine.backward(loss) before each step()"
             )

@@ -13,8 +13,9 @@ from bitfall.bridge import layout, native_encoder
 from bitfall.bridge.announcement import Announcer
 from bitfall.bridge.config import has_section, read_config
 from bitfall.bridge.engine import DeepSpeedEngine
-from bitfall.bridge.gradients import Gradients, PartitionedGradients
+from bitfall.bridge.gradients import Gradients
 from bitfall.bridge.lr_schedule import make_schedule
+from bitfall.bridge.native_gradients import NativeGradients
 from bitfall.bridge.optimizer import (
     NUMBERS,
     ClientOptimizer,
@@ -196,8 +197,6 @@ class _Builder:
         """Why PyTorch runs the model; None if the native encoder does."""
         if not self.engine.config.get("bitfall", {}).get("native_encoder", True):
             return "bitfall.native_encoder is false"
-        if self.engine.zero_optimization_stage() >= 2:
-            return "ZeRO stage 2"
         reason = native_encoder.unsupported_reason(self.module)
         if reason is not None:
             return reason
@@ -212,19 +211,22 @@ class _Builder:
         self, updater: _core.Updater, trained: Sequence[Trained], native: bool
     ) -> Gradients:
         slices = [torch.from_dlpack(capsule) for capsule in updater.gradients()]
-        if updater.reduces_every_micro_batch:
-            gradients: Gradients = PartitionedGradients(trained, updater, slices)
-        elif native:
+        options: dict[str, Any] = {
+            "start_reduction": updater.start_reduction,
+            "overlap": self.engine.communicator.world_size > 1,
+            "every_backward": updater.reduces_every_micro_batch,
+        }
+        if native:
             by_name = {entry.name: s for entry, s in zip(trained, slices, strict=True)}
-            names = {place.name for place in native_encoder.parameter_layout(self.module)}
-            gradients = Gradients(trained, updater, slices, native=names)
-            encoder = native_encoder.install(self.module, {name: by_name[name] for name in names})
-            self.on_destroy.append(encoder.uninstall)
-        else:
-            several = self.engine.communicator.world_size > 1
-            gradients = Gradients(trained, updater, slices, overlap=several)
-        self.on_destroy.append(gradients.remove)
-        return gradients
+            names = [place.name for place in native_encoder.parameter_layout(self.module)]
+            gradients = NativeGradients(names, trained, slices, **options)
+            native_slices = {name: by_name[name] for name in names}
+            encoder = native_encoder.install(self.module, native_slices, gradients)
+            self.on_destroy += [encoder.uninstall, gradients.remove]
+            return gradients
+        plain = Gradients(trained, slices, **options)
+        self.on_destroy.append(plain.remove)
+        return plain
 
     def _optimizer(
         self, updater: _core.Updater, trained: Sequence[Trained]
