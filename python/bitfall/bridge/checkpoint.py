@@ -69,17 +69,8 @@ def load(
     tag = tag or (directory / LATEST).read_text(encoding="utf-8").strip()
     if engine.updater is None:
         raise UsageError("load_checkpoint(): the engine has no optimizer, so it trains nothing")
-<<<<<<< /tmp/bu_cur
-    if not (directory / tag / STATE_FILE).is_file() and _is_deepspeeds(directory / tag):
-        from bitfall.bridge.deepspeed_loading import load_deepspeed_checkpoint
-
-        return load_deepspeed_checkpoint(
-            engine, directory, tag, wanted.strict, wanted.optimizer, wanted.lr_scheduler
-        )
-=======
     if is_deepspeed_checkpoint(directory / tag):
         return load_deepspeed_checkpoint(engine, directory, tag, wanted)
->>>>>>> /tmp/bu_new
     text, packed = _core.read_client_checkpoint(str(directory), tag)
     state = _parse(text, directory / tag)
     tensors = {name: unpack(value) for name, value in packed.items()}
@@ -117,10 +108,6 @@ def save_weights(engine: DeepSpeedEngine, directory: str | Path, filename: str) 
         else:
             torch.save(weights, path / filename)
     engine.communicator.barrier()
-
-
-def _is_deepspeeds(folder: Path) -> bool:
-    return any(folder.glob("*_model_states.pt"))
 
 
 def _untrained(engine: DeepSpeedEngine, without_frozen: bool) -> dict[str, torch.Tensor]:

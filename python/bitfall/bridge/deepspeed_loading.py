@@ -30,29 +30,18 @@ def load_deepspeed_checkpoint(
     MoQ's schedule, which DeepSpeed does not save, stays as it is. Raises CheckpointError for
     damaged files and those of another model or optimizer; nothing has changed then.
     """
-<<<<<<< /tmp/bu_cur
-    assert engine.optimizer is not None
-    assert engine.updater is not None
-=======
     optimizer = engine.optimizer
     if wanted.optimizer and not isinstance(optimizer, FusedAdam):
         raise CheckpointError(
             f"{directory / tag}: of DeepSpeed's checkpoints only the state of Adam and AdamW can be"
             " read; load_optimizer_states=False takes the weights only"
         )
->>>>>>> /tmp/bu_new
     found = read_deepspeed_checkpoint(
         directory,
         tag,
         parameter_groups=_trained_names(engine) if isinstance(optimizer, FusedAdam) else None,
         optimizer_states=wanted.optimizer,
     )
-<<<<<<< /tmp/bu_cur
-    restore_updater(found, engine.updater, engine.trained, engine.communicator, True)
-    restore_rest(found, engine.module, engine.trained, strict)
-    restore_numbers(found, engine.optimizer.param_groups)
-    if lr_scheduler_states and engine.lr_scheduler is not None and found.lr_scheduler is not None:
-=======
     rest = _untrained(found, engine, wanted.strict)
     _restore_updater(found, engine, wanted.optimizer)
     with torch.no_grad():
@@ -62,7 +51,6 @@ def load_deepspeed_checkpoint(
         for group, saved in zip(optimizer.param_groups, found.hyperparameters, strict=False):
             group |= {name: saved[name] for name in NUMBERS if name in saved}
     if wanted.lr_scheduler and engine.lr_scheduler is not None and found.lr_scheduler is not None:
->>>>>>> /tmp/bu_new
         engine.lr_scheduler.load_state_dict(found.lr_scheduler)
     if wanted.counters:
         engine.micro_steps = found.global_steps * engine.gradient_accumulation_steps()
@@ -73,47 +61,6 @@ def load_deepspeed_checkpoint(
 
 def _trained_names(engine: DeepSpeedEngine) -> list[list[str]]:
     """Names of the parameters in each param group that require a gradient, in the group's order."""
-<<<<<<< /tmp/bu_cur
-    names = {parameter: name for name, parameter in module.named_parameters()}
-    return [[names[p] for p in group["params"] if p.requires_grad] for group in groups]
-
-
-def restore_updater(
-    found: DeepSpeedCheckpoint,
-    updater: _core.Updater,
-    trained: Sequence[Trained],
-    communicator: _core.Communicator,
-    with_moments: bool,
-) -> None:
-    """Masters, moments, counters and loss scale of `found` into `updater`. Collective.
-
-    They go through the updater's own checkpoint format, which knows how ranks share them; the bit
-    schedule, which DeepSpeed does not save, stays as it is. Raises CheckpointError on every rank if
-    the checkpoint is of another model, with nothing changed.
-    """
-    shapes = {entry.name: tuple(entry.parameter.shape) for entry in trained}
-    with tempfile.TemporaryDirectory(prefix="bitfall-") as name:
-        folder = Path(name)
-        updater.save_checkpoint(name, TEMPLATE, "{}", {})
-        mine = folder / TEMPLATE / "state.json"
-        state = communicator.broadcast(mine.read_bytes() if communicator.rank == 0 else b"")
-        write_for_engine(found, shapes, state.decode(), folder / CONVERTED, with_moments)
-        updater.load_checkpoint(name, CONVERTED, with_optimizer=True)
-
-
-def restore_rest(
-    found: DeepSpeedCheckpoint,
-    module: torch.nn.Module,
-    trained: Sequence[Trained],
-    strict: bool,
-) -> None:
-    """Buffers and frozen parameters, which no updater owns.
-
-    Raises CheckpointError for other shapes and, if `strict`, for names that `found` does not have.
-    """
-    ours = {entry.parameter for entry in trained}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-=======
     assert engine.optimizer is not None
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     return [
@@ -129,7 +76,6 @@ def _untrained(
     trained = {entry.parameter for entry in engine.trained}
     pairs = []
     for name, tensor in engine.module.state_dict(keep_vars=True).items():
->>>>>>> /tmp/bu_new
         value = found.weights.get(name)
         if tensor in trained or (value is None and not strict):
             continue
