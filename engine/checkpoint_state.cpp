@@ -16,10 +16,11 @@ namespace {
 constexpr int kFormatVersion = 1;
 
 /// Flattened keys ("/optimizer/params/lr") below these prefixes may differ between runs: they
-/// print, or they say how the same global batch or the same state is cut into pieces.
+/// print, or they say by what the same is computed and into which pieces it is cut.
 constexpr std::string_view kMayDiffer[] = {
     "/steps_per_print",
     "/wall_clock_breakdown",
+    "/bitfall/",
     "/tensorboard/",
     "/quantize_training/quantize_verbose",
     "/quantize_training/eigenvalue/verbose",

@@ -60,6 +60,13 @@ void read_monitoring(ConfigSection& root, Config& config) {
   tensorboard.finish();
 }
 
+/// What DeepSpeed does not have: read from the completed JSON by those it concerns.
+void read_own(ConfigSection& root) {
+  ConfigSection own = root.section("bitfall");
+  own.flag("native_encoder", true);  // of a torch module that holds a BERT
+  own.finish();
+}
+
 void read_seed(ConfigSection& root, Config& config) {
   const auto otherwise = static_cast<std::int64_t>(config.seed);
   const FlagValue* flag = root.source().flag("seed");
@@ -96,6 +103,7 @@ CompletedConfig parse_config(const std::string& text, const std::string& source,
   config.gradient_clipping = root.number("gradient_clipping", kNonNegative, 0.0);
   read_seed(root, config);
   read_monitoring(root, config);
+  read_own(root);
   read_zero(root, config);
   read_quantization(root, config);
   root.ignore(kIgnored);

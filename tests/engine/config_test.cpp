@@ -314,5 +314,13 @@ TEST(Config, FlagsMustBeJson) {
   EXPECT_THAT(error_of("{}", {{"seed", typed("--seed", "-1")}}), HasSubstr("(from --seed)"));
 }
 
+TEST(Config, OwnSectionIsInTheCompletedConfig) {
+  EXPECT_THAT(parse("{}").json, HasSubstr("\"native_encoder\": true"));
+  EXPECT_THAT(parse(R"({"bitfall": {"native_encoder": false}})").json,
+              HasSubstr("\"native_encoder\": false"));
+  EXPECT_THAT(error_of(R"({"bitfall": {"native_encodr": false}})"),
+              AllOf(HasSubstr("bitfall.native_encodr"), HasSubstr("native_encoder")));
+}
+
 }  // namespace
 }  // namespace bitfall
