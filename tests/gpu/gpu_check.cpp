@@ -1,10 +1,11 @@
 // What scripts/gpu_check.sh runs on a machine with a GPU, besides the tests of operations: losses
 // beside the CPU's, repeated runs, two ranks, and speed. One JSON object per result on stdout.
 //
-// usage: gpu_check compare | ranks | speed
+// usage: gpu_check compare | smoke (compare in seconds) | ranks | speed
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <filesystem>
 #include <functional>
 #include <iostream>
 #include <random>
@@ -109,60 +110,88 @@ Batch random_batch(int step, int first, int count, int shortest, int longest, in
 
 constexpr int kSmallVocab = 1000;
 
-std::vector<double> losses(const std::string& precision, const std::string& device, int steps) {
-  SingleProcess alone;
-  const auto engine = make(bert(4, 128, 4, kSmallVocab), precision, kMoq, device, alone);
-  std::vector<double> result;
-  for (int step = 0; step < steps; ++step) {
-    const Batch batch = random_batch(step, 0, 16, 5, 90, kSmallVocab);
-    result.push_back(engine->train_batch({&batch, 1}).loss);
+/// How much a comparison trains.
+struct Sizes {
+  EncoderConfig model;
+  int steps, samples, longest;
+};
+
+std::vector<double> train(Engine& engine, const Sizes& sizes, int first_step) {
+  std::vector<double> losses;
+  for (int step = first_step; step < sizes.steps; ++step) {
+    const Batch batch = random_batch(step, 0, sizes.samples, 5, sizes.longest, kSmallVocab);
+    losses.push_back(engine.train_batch({&batch, 1}).loss);
   }
-  return result;
+  return losses;
+}
+
+std::vector<double> losses(const Sizes& sizes, const std::string& precision,
+                           const std::string& device) {
+  SingleProcess alone;
+  return train(*make(sizes.model, precision, kMoq, device, alone), sizes, 0);
 }
 
 double largest_difference(const std::vector<double>& a, const std::vector<double>& b,
                           std::size_t count) {
-  double largest = 0;
-  for (std::size_t i = 0; i < count; ++i)
+  double largest = a.size() == b.size() ? 0 : INFINITY;
+  for (std::size_t i = 0; i < std::min(count, a.size()); ++i)
     largest = std::max(largest, std::fabs(a[i] - b[i]) / std::fabs(b[i]));
   return largest;
 }
 
+/// Steps on one device, a checkpoint, the rest on the other: beside all steps on one.
+void move_checkpoint(const Sizes& sizes, const std::string& from, const std::string& to) {
+  SingleProcess alone;
+  Sizes begin = sizes;
+  begin.steps = sizes.steps / 2;
+  const auto folder = std::filesystem::temp_directory_path() / "bitfall_gpu_check";
+  const auto first = make(sizes.model, "", kMoq, from, alone);
+  train(*first, begin, 0);
+  first->updater().save_checkpoint(folder, "moved", "");
+  const auto second = make(sizes.model, "", kMoq, to, alone);
+  second->updater().load_checkpoint(folder, "moved");
+  const std::vector<double> moved = train(*second, sizes, begin.steps);
+  const std::vector<double> stayed = train(*first, sizes, begin.steps);
+  std::filesystem::remove_all(folder);
+  report("checkpoint from " + from + " to " + to, largest_difference(moved, stayed, moved.size()),
+         Limit::at_most, 1e-4, "relative");
+}
+
 /// A short MoQ training with dropout on both devices, and twice on the GPU.
-void compare() {
-  constexpr int kSteps = 30, kFirstSteps = 3;
+void compare(const Sizes& sizes) {
   for (const std::string precision : {"", "bf16", "fp16"}) {
     const std::string name = precision.empty() ? "f32" : precision;
-    const std::vector<double> cpu = losses(precision, "cpu", kSteps);
-    const std::vector<double> gpu = losses(precision, "cuda", kSteps);
-    report("loss beside the CPU's, first 3 steps, " + name,
-           largest_difference(gpu, cpu, kFirstSteps), Limit::at_most,
-           precision.empty() ? 1e-5 : 1e-3, "relative");
-    report("loss beside the CPU's, 30 steps, " + name, largest_difference(gpu, cpu, kSteps),
-           Limit::at_most, 2e-2, "relative");
-    const bool repeated = losses(precision, "cuda", kSteps) == gpu;
+    const std::vector<double> cpu = losses(sizes, precision, "cpu");
+    const std::vector<double> gpu = losses(sizes, precision, "cuda");
+    report("loss beside the CPU's, first 3 steps, " + name, largest_difference(gpu, cpu, 3),
+           Limit::at_most, precision.empty() ? 1e-5 : 1e-3, "relative");
+    report(concat("loss beside the CPU's, ", sizes.steps, " steps, ", name),
+           largest_difference(gpu, cpu, cpu.size()), Limit::at_most, 2e-2, "relative");
+    const bool repeated = losses(sizes, precision, "cuda") == gpu;
     report("repeated run gives equal losses, " + name, repeated ? 1 : 0, Limit::at_least, 1, "");
   }
+  move_checkpoint(sizes, "cuda", "cpu");
+  move_checkpoint(sizes, "cpu", "cuda");
 }
 
 /// Started by mpirun: every rank trains on its share; rank 0 also alone on all of it.
 void ranks() {
   const std::unique_ptr<Communicator> world = make_communicator();
-  constexpr int kSamples = 16;
+  constexpr int kSamples = 8;
   const int share = kSamples / world->world_size();
-  const auto train = [&](Communicator& communicator, int first, int count) {
-    const auto engine = make(bert(2, 128, 4, kSmallVocab), "", "", "cuda", communicator);
+  const auto train_share = [&](Communicator& communicator, int first, int count) {
+    const auto engine = make(bert(2, 32, 2, kSmallVocab), "", "", "cuda", communicator);
     std::vector<double> result;
-    for (int step = 0; step < 4; ++step) {
-      const Batch batch = random_batch(step, first, count, 5, 60, kSmallVocab);
+    for (int step = 0; step < 3; ++step) {
+      const Batch batch = random_batch(step, first, count, 5, 20, kSmallVocab);
       result.push_back(engine->train_batch({&batch, 1}).loss);
     }
     return result;
   };
-  const std::vector<double> together = train(*world, world->rank() * share, share);
+  const std::vector<double> together = train_share(*world, world->rank() * share, share);
   if (world->rank() == 0) {
     SingleProcess alone;
-    const std::vector<double> single = train(alone, 0, share * world->world_size());
+    const std::vector<double> single = train_share(alone, 0, share * world->world_size());
     report(concat("loss of ", world->world_size(), " ranks beside one process"),
            largest_difference(together, single, single.size()), Limit::at_most, 1e-5, "relative");
   }
@@ -244,13 +273,15 @@ int main(int argc, char** argv) {
   const std::string_view what = argc == 2 ? argv[1] : "";
   try {
     if (what == "compare") {
-      bitfall::compare();
+      bitfall::compare({bitfall::bert(4, 128, 4, bitfall::kSmallVocab), 30, 16, 90});
+    } else if (what == "smoke") {
+      bitfall::compare({bitfall::bert(2, 32, 2, bitfall::kSmallVocab), 4, 4, 20});
     } else if (what == "ranks") {
       bitfall::ranks();
     } else if (what == "speed") {
       bitfall::speed();
     } else {
-      std::cerr << "usage: gpu_check compare | ranks | speed\n";
+      std::cerr << "usage: gpu_check compare | smoke | ranks | speed\n";
       return 2;
     }
   } catch (const bitfall::Error& error) {
