@@ -6,6 +6,8 @@ import json
 import zlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from bitfall._core import CheckpointError
 from bitfall.deepspeed_checkpoint import (
     checkpoint_folder,
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MODEL_FILE = "model.safetensors"
+CLIENT_FILE = "client.safetensors"
+MODULE = "module."  # begins the names of frozen parameters and buffers in it
 
 
 class CheckpointWeights(NamedTuple):
@@ -47,15 +51,24 @@ def read_checkpoint_weights(directory: Path, tag: str | None) -> CheckpointWeigh
             " bitfall (state.json)"
         )
     state = _read_json(folder / "state.json")
-    expected = _read_json(folder / "checksums.json").get(MODEL_FILE)
-    data = (folder / MODEL_FILE).read_bytes()
-    if expected != {"bytes": len(data), "crc32": f"{zlib.crc32(data):x}"}:
-        raise _damaged(folder / MODEL_FILE)
-    try:
-        arrays = read_safetensors(data)
-    except ValueError:
-        raise _damaged(folder / MODEL_FILE) from None
+    sums = _read_json(folder / "checksums.json")
+    arrays = _read_arrays(folder / MODEL_FILE, sums)
+    if CLIENT_FILE in sums:  # what bitfall.initialize keeps beside the trained weights
+        for name, array in _read_arrays(folder / CLIENT_FILE, sums).items():
+            if name.startswith(MODULE):
+                widened = array.astype(np.float32) if array.dtype == np.float16 else array
+                arrays.setdefault(name.removeprefix(MODULE), widened)
     return CheckpointWeights(folder, "bitfall", state.get("global_step", 0), arrays)
+
+
+def _read_arrays(path: Path, sums: dict[str, Any]) -> dict[str, NDArray[Any]]:
+    data = path.read_bytes()
+    if sums.get(path.name) != {"bytes": len(data), "crc32": f"{zlib.crc32(data):x}"}:
+        raise _damaged(path)
+    try:
+        return read_safetensors(data)
+    except ValueError:
+        raise _damaged(path) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

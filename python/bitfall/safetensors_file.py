@@ -58,7 +58,10 @@ def write_safetensors(
 
 
 def read_safetensors(data: bytes) -> dict[str, NDArray[Any]]:
-    """The arrays of a whole file, as views of `data`. Raises ValueError for a malformed one."""
+    """The arrays of a whole file, as views of `data`; bf16, which numpy has not, as f32.
+
+    Raises ValueError for a malformed file.
+    """
     size = int.from_bytes(data[:LENGTH_BYTES], "little")
     begin = LENGTH_BYTES + size
     try:
@@ -73,5 +76,8 @@ def _array(data: memoryview, tensor: dict[str, Any]) -> NDArray[Any]:
     first, last = tensor["data_offsets"]
     if not 0 <= first <= last <= len(data):
         raise ValueError("a tensor outside of the file")
+    if tensor["dtype"] == "BF16":
+        bits = np.frombuffer(data[first:last], "<u2").astype(np.uint32) << 16
+        return bits.view(np.float32).reshape(tensor["shape"])
     kind = np.dtype(NUMPY_NAMES[tensor["dtype"]]).newbyteorder("<")
     return np.frombuffer(data[first:last], kind).reshape(tensor["shape"])

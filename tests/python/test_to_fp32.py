@@ -94,6 +94,30 @@ def test_checkpoint_of_the_engine(tmp_path, tiny_model_dir):
         np.testing.assert_array_equal(written[name], array)
 
 
+@pytest.mark.parametrize("section", ["bf16", "fp16"])
+def test_frozen_parameters_and_buffers_of_a_torch_module(tmp_path, section):
+    torch = pytest.importorskip("torch")
+    import bitfall
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    model[0].bias.requires_grad_(False)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "AdamW"},
+        section: {"enabled": True},
+    }
+    engine, _, _, _ = bitfall.initialize(model=model, config=config)
+    engine.save_checkpoint(tmp_path / "run")
+    assert run_cli("to-fp32", tmp_path / "run", tmp_path / "out") == 0
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == expected.keys()
+    for name, value in expected.items():
+        exact = name == "0.weight" or not value.is_floating_point()
+        np.testing.assert_allclose(written[name], value.numpy(), rtol=0 if exact else 2**-7)
+        assert written[name].dtype == value.numpy().dtype
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
