@@ -12,6 +12,7 @@ import memory
 import moq_overhead
 import mrpc
 import ranks
+import trainer
 import training_step
 from results import Result
 
@@ -53,9 +54,10 @@ def main() -> None:
         "ranks": lambda: ranks.run(args.model),
         "memory": lambda: memory.run(args.model),
         "mrpc": lambda: mrpc.run(args.model, args.glue_dir, args.epochs, args.max_train_samples),
+        "trainer": lambda: trainer.run(args.model, args.glue_dir),
     }
     if args.glue_dir is None:
-        del benchmarks["mrpc"]
+        del benchmarks["mrpc"], benchmarks["trainer"]
     chosen = args.only or list(benchmarks)
     unknown = sorted(set(chosen) - set(benchmarks))
     if unknown:
