@@ -20,8 +20,7 @@ namespace {
 class PythonEngine {
  public:
   PythonEngine(const std::string& model_dir, const std::string& head, std::int64_t num_labels,
-               const CompletedConfig& config, Communicator& communicator,
-               const std::string& device)
+               const CompletedConfig& config, Communicator& communicator, const std::string& device)
       : communicator_(communicator), head_{parse_head_type(head), num_labels} {
     const py::gil_scoped_release release;
     model_config_ = model_config_with_head(read_model_config(model_dir), head_, {});

@@ -77,7 +77,6 @@ class CompletedConfig:
     eigenvalue_enabled: bool
 
 def parse_config(text: str, source: str, flags: dict[str, FlagValue]) -> CompletedConfig: ...
-
 def scheduled_rate(config: CompletedConfig, base_rate: float, completed_steps: int) -> float:
     """Learning rate after so many steps under the config's scheduler."""
 
@@ -186,6 +185,7 @@ class NativeEncoder:
         output: tuple[int, str, tuple[int, ...]],  # [B, H] for "first_token", else [B * S, H]
     ) -> NativePass | None:
         """Writes `output`. Raises UnsupportedError for masks that it cannot run, ShapeError for ids out of range."""
+
 class Updater:
     """The engine's step over parameters that Python runs forward and backward. Every rank constructs it alike.
     Capsules are DLPack's; what imports one keeps the updater alive."""
@@ -199,7 +199,9 @@ class Updater:
         # {"lr", "weight_decay", "betas", "eps", "parameters": rising indices} each; None: the caller updates masters
         groups: list[dict[str, Any]] | None,
         block_names: list[str],
-        fill: Callable[[int, Any], Any],  # (index, capsule of the f32 master, valid during the call)
+        fill: Callable[
+            [int, Any], Any
+        ],  # (index, capsule of the f32 master, valid during the call)
     ) -> None: ...
     global_step: int
     skipped_steps: int
@@ -225,7 +227,9 @@ class Updater:
     def step(
         self,
         groups: list[dict[str, Any]],  # numbers only; ignored where the caller updates masters
-        make_hessian: Callable[[], Any],  # an object with begin_block(block) and multiply(v, product)
+        make_hessian: Callable[
+            [], Any
+        ],  # an object with begin_block(block) and multiply(v, product)
         update_masters: Callable[[], Any],
     ) -> StepResult: ...
     def plan(self) -> list[PlannedState]:
@@ -235,7 +239,9 @@ class Updater:
         directory: str,
         tag: str,
         client_state: str,
-        tensors: dict[str, tuple[str, list[int], Any]],  # name -> (dtype of safetensors, shape, buffer)
+        tensors: dict[
+            str, tuple[str, list[int], Any]
+        ],  # name -> (dtype of safetensors, shape, buffer)
     ) -> None:
         """As Engine's; `tensors` of rank 0 go with it."""
     def load_checkpoint(self, directory: str, tag: str, with_optimizer: bool) -> None:
