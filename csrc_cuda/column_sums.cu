@@ -11,10 +11,11 @@ namespace {
 constexpr int kTile = 32;  ///< columns, and threads that share the rows of a column
 
 /// Sums rows [y * rows_per_block, ...) of x [rows, columns] into sums[y, columns], y = blockIdx.y.
+/// The launch bound keeps so large a block within the registers of a multiprocessor.
 template <typename T>
-__global__ void column_sums_kernel(const T* x, std::int64_t rows, std::int64_t columns,
-                                   std::int64_t rows_per_block, float* sums,
-                                   Accumulate accumulate) {
+__global__ void __launch_bounds__(kTile* kTile)
+    column_sums_kernel(const T* x, std::int64_t rows, std::int64_t columns,
+                       std::int64_t rows_per_block, float* sums, Accumulate accumulate) {
   __shared__ float partial[kTile][kTile + 1];
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kTile;
   const std::int64_t begin = blockIdx.y * rows_per_block;

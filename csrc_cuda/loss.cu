@@ -60,7 +60,8 @@ __device__ double log_denominator(const T* logits, const SoftmaxTerm& term) {
 
 /// loss = mean over the terms, by one block; warp w takes terms w, w + 32, ...
 template <typename T, typename Terms>
-__global__ void cross_entropy_kernel(const T* logits, Terms terms, float* loss) {
+__global__ void __launch_bounds__(kLossThreads)
+    cross_entropy_kernel(const T* logits, Terms terms, float* loss) {
   __shared__ double shared[kLossThreads / kWarpThreads];
   double sum = 0;
   for (std::int64_t i = threadIdx.x / kWarpThreads; i < terms.count;
@@ -95,8 +96,9 @@ __global__ void cross_entropy_gradient_kernel(const T* logits, Terms terms, doub
 }
 
 template <typename T>
-__global__ void squared_error_kernel(const T* predictions, const float* labels, std::int64_t rows,
-                                     float* loss) {
+__global__ void __launch_bounds__(kLossThreads)
+    squared_error_kernel(const T* predictions, const float* labels, std::int64_t rows,
+                         float* loss) {
   __shared__ double shared[kLossThreads / kWarpThreads];
   double sum = 0;
   for (std::int64_t row = threadIdx.x; row < rows; row += kLossThreads) {
