@@ -10,11 +10,12 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import bitfall  # noqa: E402
 from bitfall.bridge import layout  # noqa: E402
 from bitfall.bridge.native_encoder import disabled, install, parameter_layout  # noqa: E402
 from bitfall.bridge.native_gradients import NativeGradients  # noqa: E402
 from bitfall.errors import UsageError  # noqa: E402
-from native_bert import FULL, RIGHT, assert_gradients, inputs_of, make_model  # noqa: E402
+from native_bert import FULL, RIGHT, assert_gradients, assert_near, inputs_of, make_model  # noqa: E402
 
 
 class Owner:
@@ -117,3 +118,30 @@ def test_wrong_use_is_refused() -> None:
     loss = model(**inputs).loss + model(**inputs).loss
     with pytest.raises(UsageError, match="two forward passes"), owner.gradients.backward(True):
         loss.backward()
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_an_engine_trains_alike_natively_and_in_pytorch(stage: int, capfd: Any) -> None:
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": stage},
+    }
+    weights, said = [], []
+    for native in (True, False):
+        model = make_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+        own = {"bitfall": {"native_encoder": native}}
+        engine = bitfall.initialize(model=model, config=config | own)[0]
+        said.append(capfd.readouterr().err)
+        for index in range(4):
+            engine.backward(engine(**inputs_of(mask=[12, 5 + index, 1, 7])).loss)
+            engine.step()
+        weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        engine.destroy()
+    assert "native encoder" in said[0]
+    assert "PyTorch runs the model (bitfall.native_encoder is false)" in said[1]
+    for name, expected in weights[1].items():
+        if "key.bias" not in name:  # Adam makes steps of the rounding errors of a zero gradient
+            assert_near(weights[0][name], expected, name)
