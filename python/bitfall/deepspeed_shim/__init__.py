@@ -15,8 +15,8 @@ except ModuleNotFoundError as error:
         "deepspeed under 'bitfall run' needs PyTorch: pip install 'bitfall[torch]'"
     ) from error
 
-import bitfall
 from bitfall.bridge import DeepSpeedEngine
+from bitfall.bridge.initialize import initialize as bitfall_initialize
 from bitfall.deepspeed_import import VERSION
 
 from . import accelerator, checkpoint, comm, ops, runtime, utils, zero
@@ -54,13 +54,13 @@ tp_model_init = refused(
 )
 
 
-@functools.wraps(bitfall.initialize)
+@functools.wraps(bitfall_initialize)
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     """bitfall.initialize, after torch.distributed is set up as DeepSpeed leaves it: Hugging Face
     takes barriers and gathers metrics there, with one process too."""
     if kwargs.get("dist_init_required") is not False:
         init_distributed()
-    return bitfall.initialize(*args, **kwargs)
+    return bitfall_initialize(*args, **kwargs)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
