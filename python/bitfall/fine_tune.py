@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 import zlib
@@ -63,6 +64,11 @@ class FineTuning:
         self.progress = make_progress(communicator.rank)
         for text in self.config.warnings:
             self.progress.message(f"warning: {text}")
+        own = json.loads(self.config.json).get("bitfall", {})
+        if own.get("native_encoder") is False:
+            self.progress.message(
+                "warning: bitfall.native_encoder has no effect here: bitfall glue knows no other"
+            )
 
     def run(self) -> int:
         """Trains, evaluates and predicts as the flags ask."""

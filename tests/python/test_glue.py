@@ -317,3 +317,10 @@ def test_tasks_train_and_evaluate(glue_dir: Path, minilm_dir: Path, tmp_path: Pa
         assert lines[0] == "index\tprediction"
         assert len(lines) == 6
         assert lines[1].split("\t")[1] in ("equivalent", "not_equivalent")
+
+
+def test_a_switch_for_torch_modules_is_not_ignored_in_silence(
+    run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--max_steps", 1, bitfall={"native_encoder": False}) == 0
+    assert "bitfall.native_encoder has no effect here" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from bitfall.bridge.optimizer import ClientOptimizer
 from bitfall.bridge.state import decode, encode, pack, unpack
 from bitfall.deepspeed_checkpoint import is_deepspeed_checkpoint
 from bitfall.errors import UsageError
+from bitfall.outputs import atomic_file
 
 if TYPE_CHECKING:
     from bitfall.bridge.engine import DeepSpeedEngine
@@ -98,15 +99,15 @@ def load(
 def save_weights(engine: DeepSpeedEngine, directory: str | Path, filename: str) -> None:
     """The module's state_dict as the forward pass uses it; rank 0 writes."""
     if engine.communicator.rank == 0:
-        path = Path(directory)
-        path.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.detach() for name, tensor in engine.module.state_dict().items()}
-        if filename.endswith(".safetensors"):
-            from safetensors.torch import save_model
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(folder / filename) as file:
+            if filename.endswith(".safetensors"):
+                from safetensors.torch import save_model
 
-            save_model(engine.module, str(path / filename), metadata={"format": "pt"})
-        else:
-            torch.save(weights, path / filename)
+                save_model(engine.module, file.name, metadata={"format": "pt"})
+            else:
+                torch.save({n: t.detach() for n, t in engine.module.state_dict().items()}, file)
     engine.communicator.barrier()
 
 
