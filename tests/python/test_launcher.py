@@ -115,7 +115,8 @@ def test_ranks_are_described_to_torch_distributed(run, two_ranks):
     source = (
         "import os, socket\n"
         "listening = socket.create_server(('', int(os.environ['MASTER_PORT'])), reuse_port=True)\n"
-        f"print(*[os.environ[name] for name in {names}], flush=True)\n"
+        # One piece: mpirun mixes what two ranks write.
+        f"os.write(1, (' '.join(os.environ[name] for name in {names}) + '\\n').encode())\n"
     )
     done = run(source, flags=two_ranks)
     assert sorted(done.stdout.split("\n")) == ["", "0 0 2 2 127.0.0.1", "1 1 2 2 127.0.0.1"]
