@@ -41,7 +41,9 @@ class PlainProgress(Progress):
 
     def step(self, step: int, result: StepResult, tokens_per_second: float, due: bool) -> None:
         if due:
-            self.message(f"step {step}/{self._total_steps}  {_numbers(result, tokens_per_second)}")
+            self.message(
+                f"step {step}/{self._total_steps}  {format_numbers(result, tokens_per_second)}"
+            )
 
     def message(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
@@ -92,7 +94,9 @@ class LiveProgress(Progress):
         due: bool,  # noqa: ARG002
     ) -> None:
         self._bar.update(self._bar_task, completed=step)
-        self._numbers.update(self._numbers_task, description=_numbers(result, tokens_per_second))
+        self._numbers.update(
+            self._numbers_task, description=format_numbers(result, tokens_per_second)
+        )
 
     def message(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
@@ -145,12 +149,11 @@ def format_eigenvalue(step: int, block: Eigenvalue) -> str:
     )
 
 
-def _numbers(result: StepResult, tokens_per_second: float) -> str:
-    parts = [
-        f"loss {result['loss']:.4f}",
-        f"lr {result['learning_rate']:.3g}",
-        f"{tokens_per_second:,.0f} tokens/s",
-    ]
+def format_numbers(result: StepResult, tokens_per_second: float | None = None) -> str:
+    """Loss, rate, speed if it is known, bits; loss scale and overflow where fp16 has them."""
+    parts = [f"loss {result['loss']:.4f}", f"lr {result['learning_rate']:.3g}"]
+    if tokens_per_second is not None:
+        parts.append(f"{tokens_per_second:,.0f} tokens/s")
     if result["bits"]:
         parts.append(f"bits {format_bits(result['bits'])}")
     if result["loss_scale"] != 1:

@@ -7,6 +7,7 @@
 #include "core/error.h"
 #include "engine/encoder.h"
 #include "tests/engine/golden_case.h"
+#include "tests/engine/gradient_check.h"
 
 namespace bitfall {
 namespace {
@@ -76,30 +77,9 @@ class EncoderOutput : public ::testing::TestWithParam<OutputRows> {};
 INSTANTIATE_TEST_SUITE_P(Rows, EncoderOutput,
                          ::testing::Values(OutputRows::first_token, OutputRows::all_tokens));
 
-/// Of each parameter along its steepest direction.
 TEST_P(EncoderOutput, GradientsMatchDifferences) {
   OutputCase output("tiny_classification_gelu", GetParam(), DType::f32);
-  output.gradients(kTrain);
-  float* const master = output.store.master().as<float>();
-  const std::vector<float> start(master, master + output.store.numel());
-  for (std::size_t i = 0; i < output.store.parameters().size(); ++i) {
-    const Parameter& parameter = output.store.parameters()[i];
-    const std::vector<float> gradient = to_floats(output.store.gradient(i));
-    const double slope = norm(gradient);
-    if (slope < 1e-3) continue;  // the key bias
-    const double step = 2e-3;
-    const auto loss_at = [&](double length) {
-      for (std::size_t j = 0; j < gradient.size(); ++j) {
-        const std::size_t index = static_cast<std::size_t>(parameter.offset) + j;
-        master[index] = start[index] + static_cast<float>(length * gradient[j] / slope);
-      }
-      output.publish();
-      return output.loss(kTrain);
-    };
-    const double difference = (loss_at(step) - loss_at(-step)) / (2 * step);
-    loss_at(0);
-    EXPECT_NEAR(difference, slope, 0.01 * slope + 2e-2) << parameter.name;
-  }
+  expect_gradients_match_differences(output, kTrain, {.absolute = 2e-2, .negligible = 1e-3});
 }
 
 TEST_P(EncoderOutput, HalfTypesFollowF32) {

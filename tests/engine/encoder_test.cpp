@@ -7,6 +7,7 @@
 
 #include "core/error.h"
 #include "tests/engine/golden_case.h"
+#include "tests/engine/gradient_check.h"
 
 namespace bitfall {
 namespace {
@@ -56,30 +57,9 @@ TEST_P(EncoderGoldens, HalfTypesFollowF32) {
   }
 }
 
-/// Of each parameter along its steepest direction.
 TEST_P(EncoderGoldens, GradientsWithDropoutMatchDifferencesOfTheLoss) {
   GoldenCase golden(GetParam(), DType::f32);
-  golden.gradients(kTrain);
-  float* const master = golden.store.master().as<float>();
-  const std::vector<float> start(master, master + golden.store.numel());
-  for (std::size_t i = 0; i < golden.store.parameters().size(); ++i) {
-    const Parameter& parameter = golden.store.parameters()[i];
-    const std::vector<float> gradient = to_floats(golden.store.gradient(i));
-    const double slope = norm(gradient);
-    if (slope < 1e-4) continue;  // the key bias
-    const double step = 2e-3;
-    const auto loss_at = [&](double length) {
-      for (std::size_t j = 0; j < gradient.size(); ++j) {
-        const std::size_t index = static_cast<std::size_t>(parameter.offset) + j;
-        master[index] = start[index] + static_cast<float>(length * gradient[j] / slope);
-      }
-      golden.publish();
-      return golden.loss(kTrain);
-    };
-    const double difference = (loss_at(step) - loss_at(-step)) / (2 * step);
-    loss_at(0);
-    EXPECT_NEAR(difference, slope, 0.01 * slope + 2e-3) << parameter.name;
-  }
+  expect_gradients_match_differences(golden, kTrain, {.absolute = 2e-3, .negligible = 1e-4});
 }
 
 TEST_P(EncoderGoldens, GradientsAccumulateScaleAndAreReproducible) {

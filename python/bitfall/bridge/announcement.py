@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bitfall.bridge.config import NEVER_PRINT, relevant_warnings
 from bitfall.plan_table import format_plan
-from bitfall.progress import PlainProgress, Progress, format_bits, format_drop, format_eigenvalue
+from bitfall.progress import (
+    PlainProgress,
+    Progress,
+    format_drop,
+    format_eigenvalue,
+    format_numbers,
+)
 from bitfall.recorder import find_value
 
 if TYPE_CHECKING:
@@ -58,16 +64,4 @@ class Announcer:
             for drop in result["drops"]:
                 self._progress.message(format_drop(drop))
         if step % self._steps_per_print == 0:
-            self._progress.message(_numbers(step, result))
-
-
-def _numbers(step: int, result: StepResult) -> str:
-    parts: list[Any] = [f"step {step}", f"loss {result['loss']:.4f}"]
-    parts.append(f"lr {result['learning_rate']:.3g}")
-    if result["bits"]:
-        parts.append(f"bits {format_bits(result['bits'])}")
-    if result["loss_scale"] != 1:
-        parts.append(f"loss scale {result['loss_scale']:g}")
-    if result["skipped"]:
-        parts.append("skipped (overflow)")
-    return "  ".join(parts)
+            self._progress.message(f"step {step}  {format_numbers(result)}")
