@@ -17,6 +17,7 @@
 
 #include "core/error.h"
 #include "csrc_cpu/mpi_communicator.h"
+#include "tests/mpi/rank_failure.h"
 #include "tests/support/temporary_folder.h"
 #include "tests/support/tiny_engine.h"
 
@@ -273,24 +274,12 @@ TEST(Zero, MemoryIsDivided) {
   }
 }
 
-/// A malformed batch on the last rank must end all ranks, in the middle of their reductions.
-int fail_on_last_rank() {
-  const auto engine = engine_at(2, kPlain);
-  Batch batch = tiny_batch(0, 1);
-  if (world().rank() == world().world_size() - 1) batch.input_ids[0] = 4000;
-  try {
-    engine->train_batch(std::vector<Batch>{batch});
-  } catch (const std::exception& error) {
-    world().abort(error.what());
-  }
-  return 0;
+}  // namespace
+
+int run_program(int argc, char** argv) {
+  return test::run_tests_or_fail(argc, argv, world(), [] { return engine_at(2, kPlain); });
 }
 
-}  // namespace
 }  // namespace bitfall
 
-int main(int argc, char** argv) {
-  testing::InitGoogleTest(&argc, argv);
-  if (argc > 1 && std::string(argv[1]) == "--fail") return bitfall::fail_on_last_rank();
-  return RUN_ALL_TESTS();
-}
+int main(int argc, char** argv) { return bitfall::run_program(argc, argv); }

@@ -323,4 +323,4 @@ def test_a_switch_for_torch_modules_is_not_ignored_in_silence(
     run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--max_steps", 1, bitfall={"native_encoder": False}) == 0
-    assert "bitfall.native_encoder has no effect here" in capsys.readouterr().err
+    assert "bitfall.native_encoder has no effect here" in capsys.readouterr().out
