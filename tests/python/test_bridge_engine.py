@@ -394,3 +394,9 @@ def test_torch_is_needed_only_by_initialize() -> None:
         [sys.executable, "-c", script], env=environment(), capture_output=True, text=True
     )
     assert "pip install" in result.stdout, result.stderr
+
+
+def test_a_model_that_is_not_on_the_cpu_is_refused() -> None:
+    model = torch.nn.Linear(2, 2, device="meta")
+    with pytest.raises(InputError, match=r"'weight' is on meta.*--use_cpu"):
+        bitfall.initialize(model=model, config={"train_batch_size": 1})

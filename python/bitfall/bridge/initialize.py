@@ -77,6 +77,7 @@ def initialize(
     section = section_of(optimizer) if engine_can_run(optimizer) else None
     completed = read_config(given, communicator.world_size, section)
     in_config = has_section(completed, "optimizer")
+    layout.check_devices(model)
     layout.check_dtypes(model, completed.compute_dtype)
     engine = DeepSpeedEngine(model, completed, communicator)
     if optimizer is not None or in_config:

@@ -135,6 +135,16 @@ def specs(trained: Sequence[Trained]) -> list[tuple[str, list[int], int, bool]]:
     return [(t.name, list(t.parameter.shape), t.block, t.adjacent) for t in trained]
 
 
+def check_devices(module: torch.nn.Module) -> None:
+    """Raises InputError for parameters that are not in the memory of the CPU."""
+    for name, parameter in module.named_parameters():
+        if parameter.device.type != "cpu":
+            raise InputError(
+                f"initialize: '{name}' is on {parameter.device}, but torch modules are trained on"
+                " CPUs only so far: leave the model there (Hugging Face's Trainer: --use_cpu)"
+            )
+
+
 def check_dtypes(module: torch.nn.Module, compute_dtype: str) -> None:
     """Raises InputError for parameters that are not f32 although the config says f32."""
     if compute_dtype != "f32":
