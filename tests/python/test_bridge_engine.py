@@ -288,6 +288,8 @@ def test_wrong_arguments() -> None:
         bitfall.initialize(model=tiny(), model_parameters=tiny().parameters(), config=CONFIG)
     with pytest.raises(InputError, match="switch on bf16"):
         start(tiny().bfloat16())
+    with pytest.raises(InputError, match="on meta.*--use_cpu"):
+        start(torch.nn.Linear(2, 2, device="meta"))
     model = tiny()
     client = torch.optim.LBFGS(model.parameters())
     with pytest.raises(InputError, match="LBFGS"):
@@ -394,9 +396,3 @@ def test_torch_is_needed_only_by_initialize() -> None:
         [sys.executable, "-c", script], env=environment(), capture_output=True, text=True
     )
     assert "pip install" in result.stdout, result.stderr
-
-
-def test_a_model_that_is_not_on_the_cpu_is_refused() -> None:
-    model = torch.nn.Linear(2, 2, device="meta")
-    with pytest.raises(InputError, match=r"'weight' is on meta.*--use_cpu"):
-        bitfall.initialize(model=model, config={"train_batch_size": 1})
