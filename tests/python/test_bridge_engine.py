@@ -288,7 +288,7 @@ def test_wrong_arguments() -> None:
         bitfall.initialize(model=tiny(), model_parameters=tiny().parameters(), config=CONFIG)
     with pytest.raises(InputError, match="switch on bf16"):
         start(tiny().bfloat16())
-    with pytest.raises(InputError, match="on meta.*--use_cpu"):
+    with pytest.raises(InputError, match=r"on meta.*--use_cpu"):
         start(torch.nn.Linear(2, 2, device="meta"))
     model = tiny()
     client = torch.optim.LBFGS(model.parameters())
