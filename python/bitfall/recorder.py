@@ -14,6 +14,22 @@ if TYPE_CHECKING:
     from bitfall.training_log import TrainingLog
 
 
+class VerboseLines:
+    """What quantize_verbose and eigenvalue.verbose of a completed config ask for."""
+
+    def __init__(self, completed: dict[str, Any]) -> None:
+        self._shows_drops = bool(find_value(completed, "quantize_verbose"))
+        eigenvalue = find_value(completed, "eigenvalue")
+        self._shows_eigenvalues = isinstance(eigenvalue, dict) and eigenvalue.get("verbose", False)
+
+    def of(self, result: StepResult) -> list[str]:
+        """Of one step: a line per eigenvalue, then one per drop."""
+        blocks = result["eigenvalues"] if self._shows_eigenvalues else []
+        drops = result["drops"] if self._shows_drops else []
+        lines = [format_eigenvalue(result["step"], block) for block in blocks]
+        return lines + [format_drop(drop) for drop in drops]
+
+
 class Recorder:
     """On ranks other than 0, `log` and `tensorboard` are None and `progress` is silent."""
 
@@ -30,9 +46,7 @@ class Recorder:
         self._steps_per_print = config.steps_per_print
         completed = json.loads(config.json)
         self._shows_phases = completed.get("wall_clock_breakdown", False)
-        self._shows_drops = bool(find_value(completed, "quantize_verbose"))
-        eigenvalue = find_value(completed, "eigenvalue")
-        self._shows_eigenvalues = isinstance(eigenvalue, dict) and eigenvalue.get("verbose", False)
+        self._verbose = VerboseLines(completed)
 
     @property
     def log_offset(self) -> int:
@@ -98,12 +112,8 @@ class Recorder:
     def _show(self, step: int, result: StepResult, tokens_per_second: float, due: bool) -> None:
         due = due or step % self._steps_per_print == 0
         self.progress.step(step, result, tokens_per_second, due)
-        if self._shows_eigenvalues:
-            for block in result["eigenvalues"]:
-                self.progress.message(format_eigenvalue(result["step"], block))
-        if self._shows_drops:
-            for drop in result["drops"]:
-                self.progress.message(format_drop(drop))
+        for line in self._verbose.of(result):
+            self.progress.message(line)
 
 
 def find_value(section: dict[str, Any], name: str) -> Any:

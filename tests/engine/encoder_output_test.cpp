@@ -4,7 +4,6 @@
 
 #include <cmath>
 
-#include "core/error.h"
 #include "engine/encoder.h"
 #include "tests/engine/golden_case.h"
 #include "tests/engine/gradient_check.h"
@@ -145,17 +144,6 @@ TEST(EncoderPositionIds, AreThoseOfTheCaller) {
   EXPECT_EQ(output.loss(kEvaluate), counted);
   output.batch.position_ids[1] = 5;
   EXPECT_NE(output.loss(kEvaluate), counted);
-}
-
-/// The message of the ShapeError that `action` throws, or "" if it throws none.
-template <typename Action>
-std::string shape_error(Action&& action) {
-  try {
-    action();
-  } catch (const ShapeError& error) {
-    return error.what();
-  }
-  return "";
 }
 
 TEST(EncoderOutputErrors, WhatDoesNotFitIsRefused) {

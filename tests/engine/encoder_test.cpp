@@ -5,7 +5,6 @@
 
 #include <algorithm>
 
-#include "core/error.h"
 #include "tests/engine/golden_case.h"
 #include "tests/engine/gradient_check.h"
 
@@ -169,17 +168,6 @@ TEST(Encoder, AllocatesOnlyToGrow) {
   golden.loss(kEvaluate);
   golden.gradients(kDifferentiate);
   EXPECT_EQ(golden.model.workspace_bytes(), bytes);
-}
-
-/// The message of the ShapeError that `action` throws, or "" if it throws none.
-template <typename Action>
-std::string shape_error(Action&& action) {
-  try {
-    action();
-  } catch (const ShapeError& error) {
-    return error.what();
-  }
-  return "";
 }
 
 TEST(Encoder, MalformedBatchesAreRefused) {

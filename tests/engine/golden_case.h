@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "core/error.h"
 #include "core/parameter_store.h"
 #include "csrc_cpu/cpu_backend.h"
 #include "engine/encoder.h"
@@ -49,6 +50,17 @@ inline std::vector<float> to_floats(const Tensor& tensor) {
     for (std::size_t i = 0; i < values.size(); ++i) values[i] = to_float(data[i]);
   });
   return values;
+}
+
+/// The message of the ShapeError that `action` throws, or "" if it throws none.
+template <typename Action>
+std::string shape_error(Action&& action) {
+  try {
+    action();
+  } catch (const ShapeError& error) {
+    return error.what();
+  }
+  return "";
 }
 
 /// L2 norm.

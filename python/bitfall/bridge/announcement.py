@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING
 
 from bitfall.bridge.config import NEVER_PRINT, relevant_warnings
 from bitfall.plan_table import format_plan
-from bitfall.progress import (
-    PlainProgress,
-    Progress,
-    format_drop,
-    format_eigenvalue,
-    format_numbers,
-)
-from bitfall.recorder import find_value
+from bitfall.progress import PlainProgress, Progress, format_numbers
+from bitfall.recorder import VerboseLines
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,10 +24,7 @@ class Announcer:
     def __init__(self, config: CompletedConfig, rank: int) -> None:
         self._progress = PlainProgress(sys.stderr) if rank == 0 else Progress()
         self._config = config
-        completed = json.loads(config.json)
-        self._shows_drops = bool(find_value(completed, "quantize_verbose"))
-        eigenvalue = find_value(completed, "eigenvalue")
-        self._shows_eigenvalues = isinstance(eigenvalue, dict) and eigenvalue.get("verbose", False)
+        self._verbose = VerboseLines(json.loads(config.json))
         asked = config.origins.get("steps_per_print") == "file"
         self._steps_per_print = config.steps_per_print if asked else NEVER_PRINT
 
@@ -57,11 +48,7 @@ class Announcer:
 
     def step(self, step: int, result: StepResult) -> None:
         """The lines that quantize_verbose, eigenvalue.verbose and steps_per_print ask for."""
-        if self._shows_eigenvalues:
-            for block in result["eigenvalues"]:
-                self._progress.message(format_eigenvalue(result["step"], block))
-        if self._shows_drops:
-            for drop in result["drops"]:
-                self._progress.message(format_drop(drop))
+        for line in self._verbose.of(result):
+            self._progress.message(line)
         if step % self._steps_per_print == 0:
             self._progress.message(f"step {step}  {format_numbers(result)}")
