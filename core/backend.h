@@ -15,6 +15,11 @@
 //    shapes that do not fit throw ShapeError; results are reproducible run to run (fixed order of
 //    sums).
 //
+// The tangent of a quantity q, written q_tangent, is its derivative along a direction in the space
+// of weights: R{q} of Pearlmutter 1994, "Fast exact multiplication by the Hessian". An operation
+// whose name ends in _tangent computes the tangent of its namesake's result from those of its
+// arguments, without dropout: the products it serves are taken without.
+//
 // Shape letters: T tokens of a packed batch, B sequences, R rows, H hidden_size, A attention heads,
 // D head size (H = A * D), F feed-forward size, K inputs and N outputs of a linear layer, C
 // classes, V vocabulary, G quantization groups.
@@ -42,6 +47,13 @@ struct AttentionShape {
   Tensor key_lengths = {};
 };
 
+/// What attention's forward pass read and left, and the tangents of it.
+struct AttentionTangents {
+  Tensor qkv, qkv_tangent;                  ///< [T, 3H] compute dtype
+  Tensor out, out_tangent;                  ///< [T, H] compute dtype
+  Tensor log_sum_exp, log_sum_exp_tangent;  ///< [T, A] f32
+};
+
 /// y = dropout_out(norm(dropout_in(x) + residual)), norm(s) = (s - mean) / sqrt(var + eps) * gamma
 /// + beta.
 struct LayerNormForward {
@@ -66,6 +78,26 @@ struct LayerNormBackward {
   Tensor dx;  ///< out [R, H]: dropout mask applied to dresidual; empty when input_dropout is off
   Tensor dgamma, dbeta;                    ///< out [H] f32
   Accumulate accumulate = Accumulate::no;  ///< for dgamma and dbeta
+};
+
+/// Tangent of LayerNormForward's y, from those of sum, gamma and beta. Compute dtype unless noted.
+struct LayerNormForwardTangent {
+  Tensor sum, mean_rstd;               ///< as saved by the forward pass: [R, H], [R, 2] f32
+  Tensor gamma;                        ///< [H]
+  Tensor sum_tangent;                  ///< [R, H]
+  Tensor gamma_tangent, beta_tangent;  ///< [H] each, or both empty: zero
+  Tensor y_tangent;                    ///< out [R, H]; may be the memory of sum_tangent
+};
+
+/// Tangents of LayerNormBackward's dresidual (here dsum), dgamma and dbeta.
+struct LayerNormBackwardTangent {
+  Tensor sum, mean_rstd;                 ///< as saved by the forward pass
+  Tensor sum_tangent;                    ///< [R, H]
+  Tensor gamma;                          ///< [H]
+  Tensor gamma_tangent;                  ///< [H], or empty: zero
+  Tensor dy, dy_tangent;                 ///< [R, H]: gradient of y and its tangent
+  Tensor dsum_tangent;                   ///< out [R, H]; may be the memory of dy_tangent
+  Tensor dgamma_tangent, dbeta_tangent;  ///< out [H] f32, overwritten; or both empty: not wanted
 };
 
 /// Rows of three tables, chosen per token.
@@ -119,9 +151,9 @@ class Backend {
 
   // --- linear layers
   // ------------------------------------------------------------------------------
-  /// y [R, N] = x [R, K] weight [N, K]^T + bias [N] (or empty). All compute dtype.
+  /// y [R, N] (+)= x [R, K] weight [N, K]^T + bias [N] (or empty). All compute dtype.
   virtual void linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                              const Tensor& y) = 0;
+                              const Tensor& y, Accumulate accumulate) = 0;
   /// pre_activation [R, N] as above, y = activation(pre_activation). pre_activation is saved for
   /// backward.
   virtual void linear_activation_forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
@@ -138,6 +170,13 @@ class Backend {
   /// memory of pre_activation. All [R, N] compute dtype.
   virtual void activation_backward(Activation activation, const Tensor& pre_activation,
                                    const Tensor& dy, const Tensor& dpre, const Tensor& y) = 0;
+  /// dpre_tangent = activation'(pre_activation) dy_tangent
+  ///              + activation''(pre_activation) pre_activation_tangent dy,
+  /// and may be the memory of dy_tangent. relu'' is 0. All [R, N] compute dtype.
+  virtual void activation_backward_tangent(Activation activation, const Tensor& pre_activation,
+                                           const Tensor& pre_activation_tangent, const Tensor& dy,
+                                           const Tensor& dy_tangent,
+                                           const Tensor& dpre_tangent) = 0;
 
   // --- attention
   // ----------------------------------------------------------------------------------
@@ -156,11 +195,22 @@ class Backend {
                                   const Tensor& qkv, const Tensor& out, const Tensor& log_sum_exp,
                                   const Tensor& sequence_starts, const Tensor& sample_keys,
                                   const Dropout& dropout, const Tensor& dqkv) = 0;
+  /// Writes out_tangent and log_sum_exp_tangent of `tangents`, from the others.
+  virtual void attention_forward_tangent(const AttentionShape& shape,
+                                         const AttentionTangents& tangents,
+                                         const Tensor& sequence_starts) = 0;
+  /// dqkv_tangent [T, 3H] out, from dout, dout_tangent [T, H] and all of `tangents`.
+  virtual void attention_backward_tangent(const AttentionShape& shape,
+                                          const AttentionTangents& tangents, const Tensor& dout,
+                                          const Tensor& dout_tangent, const Tensor& sequence_starts,
+                                          const Tensor& dqkv_tangent) = 0;
 
   // --- norms, embeddings, rows
   // ----------------------------------------------------------------------
   virtual void layer_norm_forward(const LayerNormForward& args) = 0;
   virtual void layer_norm_backward(const LayerNormBackward& args) = 0;
+  virtual void layer_norm_forward_tangent(const LayerNormForwardTangent& args) = 0;
+  virtual void layer_norm_backward_tangent(const LayerNormBackwardTangent& args) = 0;
   /// y [T, H] = word[input_ids] + position[position_ids] + token_type[token_type_ids]. Ids were
   /// checked by the caller.
   virtual void embedding_forward(const EmbeddingIds& ids, const EmbeddingTables& tables,
@@ -185,10 +235,15 @@ class Backend {
   /// dlogits [R, C] = scale * d loss / d logits.
   virtual void cross_entropy_backward(const Tensor& logits, const Tensor& labels, float scale,
                                       const Tensor& dlogits) = 0;
+  /// dlogits_tangent [R, C] = scale / R * (diag(p) - p p^T) logits_tangent, p = softmax(logits) of
+  /// a row, whatever the labels.
+  virtual void cross_entropy_backward_tangent(const Tensor& logits, const Tensor& logits_tangent,
+                                              float scale, const Tensor& dlogits_tangent) = 0;
   /// loss = mean_r (predictions[r] - labels[r])^2. predictions [R, 1] compute dtype, labels [R]
   /// f32.
   virtual void mean_squared_error_forward(const Tensor& predictions, const Tensor& labels,
                                           const Tensor& loss) = 0;
+  /// Linear in the predictions: its tangent is itself, of predictions_tangent and labels of zero.
   virtual void mean_squared_error_backward(const Tensor& predictions, const Tensor& labels,
                                            float scale, const Tensor& dpredictions) = 0;
   /// Extractive question answering: loss = mean over sequences of the mean of start and end
@@ -199,6 +254,11 @@ class Backend {
   virtual void span_cross_entropy_backward(const Tensor& logits, const Tensor& sequence_starts,
                                            const Tensor& span_positions, float scale,
                                            const Tensor& dlogits) = 0;
+  /// dlogits_tangent [T, 2], as cross_entropy_backward_tangent.
+  virtual void span_cross_entropy_backward_tangent(const Tensor& logits,
+                                                   const Tensor& logits_tangent,
+                                                   const Tensor& sequence_starts, float scale,
+                                                   const Tensor& dlogits_tangent) = 0;
 
   // --- flat f32 vectors (parameters, gradients, Hessian products)
   // ---------------------------------------

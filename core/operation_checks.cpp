@@ -19,6 +19,44 @@ void check_range(const DecayRange& range, std::int64_t numel) {
                     " is outside of ", numel, " elements");
 }
 
+void check_logits(const char* operation, const Tensor& logits) {
+  check_rank(operation, "logits", logits, 2);
+  check_floating(operation, "logits", logits);
+  check<ShapeError>(logits.numel() > 0, operation, ": logits have shape ", logits.shape.to_string(),
+                    ", expected at least one row");
+}
+
+void check_span_logits(const char* operation, const Tensor& logits, const Tensor& sequence_starts) {
+  check_floating(operation, "logits", logits);
+  check_rank(operation, "logits", logits, 2);
+  check_rank(operation, "sequence_starts", sequence_starts, 1);
+  check_dtype(operation, "sequence_starts", sequence_starts, DType::s32);
+  check<ShapeError>(logits.shape[1] == 2 && sequence_starts.numel() > 1, operation,
+                    ": logits have shape ", logits.shape.to_string(), " and sequence_starts ",
+                    sequence_starts.shape.to_string(),
+                    ", expected [tokens, 2] and at least one sequence");
+}
+
+/// What both tangents of layer norm read: `sum` gives the shape.
+void check_norm_tangent(const char* operation, const Tensor& sum, const Tensor& mean_rstd,
+                        const Tensor& gamma, const Tensor& sum_tangent,
+                        const Tensor& gamma_tangent) {
+  check_rank(operation, "sum", sum, 2);
+  check_floating(operation, "sum", sum);
+  const Shape columns{sum.shape[1]};
+  check_tensor(operation, "sum", sum, sum.dtype, sum.shape);
+  check_tensor(operation, "mean_rstd", mean_rstd, DType::f32, Shape{sum.shape[0], 2});
+  check_tensor(operation, "gamma", gamma, sum.dtype, columns);
+  check_tensor(operation, "sum_tangent", sum_tangent, sum.dtype, sum.shape);
+  if (gamma_tangent) check_tensor(operation, "gamma_tangent", gamma_tangent, sum.dtype, columns);
+}
+
+/// A and b are both there or both absent.
+void check_both(const char* operation, const char* names, const Tensor& a, const Tensor& b) {
+  check<ShapeError>(static_cast<bool>(a) == static_cast<bool>(b), operation, ": one of ", names,
+                    " is empty, expected both or neither");
+}
+
 }  // namespace
 
 void check_cast(const Tensor& source, const Tensor& destination) {
@@ -67,6 +105,19 @@ void check_activation_backward(const Tensor& pre_activation, const Tensor& dy, c
   if (y) check_tensor(kName, "y", y, dtype, pre_activation.shape);
 }
 
+void check_activation_backward_tangent(const Tensor& pre_activation,
+                                       const Tensor& pre_activation_tangent, const Tensor& dy,
+                                       const Tensor& dy_tangent, const Tensor& dpre_tangent) {
+  constexpr const char* kName = "activation_backward_tangent";
+  const DType dtype = pre_activation.dtype;
+  const Shape& shape = pre_activation.shape;
+  check_floating(kName, "pre_activation", pre_activation);
+  check_tensor(kName, "pre_activation_tangent", pre_activation_tangent, dtype, shape);
+  check_tensor(kName, "dy", dy, dtype, shape);
+  check_tensor(kName, "dy_tangent", dy_tangent, dtype, shape);
+  check_tensor(kName, "dpre_tangent", dpre_tangent, dtype, shape);
+}
+
 void check_dropout(const Dropout& dropout, const Tensor& row_keys, const Tensor& x,
                    const Tensor& y) {
   check_rank("dropout", "x", x, 2);
@@ -97,6 +148,25 @@ void check_attention(const char* operation, const AttentionShape& shape, const T
                  {sequence_starts.numel() - 1});
   if (dropout.enabled())
     check_tensor(operation, "sample_keys", sample_keys, DType::s32, {sequence_starts.numel() - 1});
+}
+
+void check_attention_tangents(const char* operation, const AttentionShape& shape,
+                              const AttentionTangents& tangents, const Tensor& sequence_starts) {
+  const AttentionTangents& t = tangents;
+  check_attention(operation, shape, t.qkv, sequence_starts, {}, {}, t.out, t.log_sum_exp);
+  check_tensor(operation, "qkv_tangent", t.qkv_tangent, t.qkv.dtype, t.qkv.shape);
+  check_tensor(operation, "out_tangent", t.out_tangent, t.qkv.dtype, t.out.shape);
+  check_tensor(operation, "log_sum_exp_tangent", t.log_sum_exp_tangent, DType::f32,
+               t.log_sum_exp.shape);
+}
+
+void check_attention_backward_tangent(const AttentionTangents& tangents, const Tensor& dout,
+                                      const Tensor& dout_tangent, const Tensor& dqkv_tangent) {
+  constexpr const char* kName = "attention_backward_tangent";
+  const Tensor &qkv = tangents.qkv, &out = tangents.out;
+  check_tensor(kName, "dout", dout, qkv.dtype, out.shape);
+  check_tensor(kName, "dout_tangent", dout_tangent, qkv.dtype, out.shape);
+  check_tensor(kName, "dqkv_tangent", dqkv_tangent, qkv.dtype, qkv.shape);
 }
 
 void check_layer_norm(const LayerNormForward& args) {
@@ -132,6 +202,30 @@ void check_layer_norm(const LayerNormBackward& args) {
   check_row_keys(kName, args.row_keys, rows, args.input_dropout, args.output_dropout);
 }
 
+void check_layer_norm(const LayerNormForwardTangent& args) {
+  constexpr const char* kName = "layer_norm_forward_tangent";
+  check_norm_tangent(kName, args.sum, args.mean_rstd, args.gamma, args.sum_tangent,
+                     args.gamma_tangent);
+  check_both(kName, "gamma_tangent and beta_tangent", args.gamma_tangent, args.beta_tangent);
+  if (args.beta_tangent)
+    check_tensor(kName, "beta_tangent", args.beta_tangent, args.sum.dtype, args.gamma.shape);
+  check_tensor(kName, "y_tangent", args.y_tangent, args.sum.dtype, args.sum.shape);
+}
+
+void check_layer_norm(const LayerNormBackwardTangent& args) {
+  constexpr const char* kName = "layer_norm_backward_tangent";
+  check_norm_tangent(kName, args.sum, args.mean_rstd, args.gamma, args.sum_tangent,
+                     args.gamma_tangent);
+  const DType dtype = args.sum.dtype;
+  check_tensor(kName, "dy", args.dy, dtype, args.sum.shape);
+  check_tensor(kName, "dy_tangent", args.dy_tangent, dtype, args.sum.shape);
+  check_tensor(kName, "dsum_tangent", args.dsum_tangent, dtype, args.sum.shape);
+  check_both(kName, "dgamma_tangent and dbeta_tangent", args.dgamma_tangent, args.dbeta_tangent);
+  if (!args.dgamma_tangent) return;
+  check_tensor(kName, "dgamma_tangent", args.dgamma_tangent, DType::f32, args.gamma.shape);
+  check_tensor(kName, "dbeta_tangent", args.dbeta_tangent, DType::f32, args.gamma.shape);
+}
+
 void check_embedding(const char* operation, const EmbeddingIds& ids, const EmbeddingTables& tables,
                      const Tensor& rows, DType table_dtype) {
   check_rank(operation, "token rows", rows, 2);
@@ -159,11 +253,16 @@ void check_rows(const char* operation, const Tensor& few, const Tensor& row_inde
 }
 
 void check_cross_entropy(const char* operation, const Tensor& logits, const Tensor& labels) {
-  check_rank(operation, "logits", logits, 2);
-  check_floating(operation, "logits", logits);
-  check<ShapeError>(logits.numel() > 0, operation, ": logits have shape ", logits.shape.to_string(),
-                    ", expected at least one row");
+  check_logits(operation, logits);
   check_tensor(operation, "labels", labels, DType::s32, Shape{logits.shape[0]});
+}
+
+void check_cross_entropy_tangent(const Tensor& logits, const Tensor& logits_tangent,
+                                 const Tensor& dlogits_tangent) {
+  constexpr const char* kName = "cross_entropy_backward_tangent";
+  check_logits(kName, logits);
+  check_tensor(kName, "logits_tangent", logits_tangent, logits.dtype, logits.shape);
+  check_tensor(kName, "dlogits_tangent", dlogits_tangent, logits.dtype, logits.shape);
 }
 
 void check_squared_error(const char* operation, const Tensor& predictions, const Tensor& labels) {
@@ -177,16 +276,17 @@ void check_squared_error(const char* operation, const Tensor& predictions, const
 
 void check_span(const char* operation, const Tensor& logits, const Tensor& sequence_starts,
                 const Tensor& span_positions) {
-  check_floating(operation, "logits", logits);
-  check_rank(operation, "logits", logits, 2);
-  check_rank(operation, "sequence_starts", sequence_starts, 1);
-  check_dtype(operation, "sequence_starts", sequence_starts, DType::s32);
-  const std::int64_t sequences = sequence_starts.numel() - 1;
-  check<ShapeError>(logits.shape[1] == 2 && sequences > 0, operation, ": logits have shape ",
-                    logits.shape.to_string(), " and sequence_starts ",
-                    sequence_starts.shape.to_string(),
-                    ", expected [tokens, 2] and at least one sequence");
-  check_tensor(operation, "span_positions", span_positions, DType::s32, Shape{sequences, 2});
+  check_span_logits(operation, logits, sequence_starts);
+  check_tensor(operation, "span_positions", span_positions, DType::s32,
+               Shape{sequence_starts.numel() - 1, 2});
+}
+
+void check_span_tangent(const Tensor& logits, const Tensor& logits_tangent,
+                        const Tensor& sequence_starts, const Tensor& dlogits_tangent) {
+  constexpr const char* kName = "span_cross_entropy_backward_tangent";
+  check_span_logits(kName, logits, sequence_starts);
+  check_tensor(kName, "logits_tangent", logits_tangent, logits.dtype, logits.shape);
+  check_tensor(kName, "dlogits_tangent", dlogits_tangent, logits.dtype, logits.shape);
 }
 
 void check_adam(std::span<const DecayRange> ranges, const Tensor& gradient, const Tensor& master,

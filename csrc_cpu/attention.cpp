@@ -107,10 +107,17 @@ void* column(const Tensor& tensor, std::int64_t row, std::int64_t index) {
          (row * tensor.shape[1] + index) * static_cast<std::int64_t>(size_in_bytes(tensor.dtype));
 }
 
+/// First element of a unit in a tensor of [T, H], or of one of three such side by side.
+void* head_column(const AttentionTensors& t, const Tensor& tensor, std::int64_t unit,
+                  std::int64_t part = 0) {
+  const std::int64_t b = unit / t.shape.num_attention_heads, a = unit % t.shape.num_attention_heads;
+  return column(tensor, t.starts()[b], part * t.hidden_size() + a * t.shape.head_size);
+}
+
 AttentionHead make_head(const AttentionTensors& t, const Dropout& dropout, std::int64_t unit) {
   const std::int64_t b = unit / t.shape.num_attention_heads;
   const std::int64_t a = unit % t.shape.num_attention_heads;
-  const std::int64_t row = t.starts()[b], hidden = t.hidden_size();
+  const std::int64_t hidden = t.hidden_size();
   AttentionHead head;
   head.length = t.length(b);
   head.key_length = t.key_length(b);
@@ -118,17 +125,25 @@ AttentionHead make_head(const AttentionTensors& t, const Dropout& dropout, std::
   head.qkv_stride = 3 * hidden;
   head.out_stride = hidden;
   head.lse_stride = t.shape.num_attention_heads;
-  head.q = column(t.qkv, row, a * head.head_size);
-  head.k = column(t.qkv, row, hidden + a * head.head_size);
-  head.v = column(t.qkv, row, 2 * hidden + a * head.head_size);
-  head.out = column(t.out, row, a * head.head_size);
-  head.log_sum_exp = static_cast<float*>(column(t.log_sum_exp, row, a));
+  head.q = head_column(t, t.qkv, unit, 0);
+  head.k = head_column(t, t.qkv, unit, 1);
+  head.v = head_column(t, t.qkv, unit, 2);
+  head.out = head_column(t, t.out, unit);
+  head.log_sum_exp = static_cast<float*>(column(t.log_sum_exp, t.starts()[b], a));
   head.dropout = dropout;
   if (dropout.enabled()) {
     head.sample_key = static_cast<std::uint32_t>(t.sample_keys.as<const std::int32_t>()[b]);
   }
   head.head = static_cast<std::uint32_t>(a);
   return head;
+}
+
+/// Where the gradients of a unit go within dqkv [T, 3H].
+void set_gradients(const AttentionTensors& t, const Tensor& dqkv, std::int64_t unit,
+                   AttentionHead& head) {
+  head.dq = head_column(t, dqkv, unit, 0);
+  head.dk = head_column(t, dqkv, unit, 1);
+  head.dv = head_column(t, dqkv, unit, 2);
 }
 
 /// Calls run(unit, scratch of the thread) for every (sequence, head).
@@ -143,6 +158,21 @@ void for_each_head(const AttentionTensors& t, std::byte* scratch, std::size_t by
     }
   }
 }
+
+/// The tensors of a tangent operation, twice: as they are and as tangents.
+struct TangentTensors {
+  Tensor no_sample_keys;
+  AttentionTensors value, tangent;
+
+  TangentTensors(const AttentionShape& shape, const AttentionTangents& t, const Tensor& starts)
+      : value{shape, t.qkv, starts, no_sample_keys, t.out, t.log_sum_exp},
+        tangent{shape,          t.qkv_tangent, starts,
+                no_sample_keys, t.out_tangent, t.log_sum_exp_tangent} {}
+
+  AttentionHeadTangent head(std::int64_t unit) const {
+    return {make_head(value, {}, unit), make_head(tangent, {}, unit)};
+  }
+};
 
 std::size_t round_up_to_line(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -178,13 +208,50 @@ void CpuBackend::attention_backward(const AttentionShape& shape, const Tensor& d
   std::byte* memory = static_cast<std::byte*>(scratch(omp_get_max_threads() * bytes));
   for_each_head(t, memory, bytes, [&](std::int64_t unit, std::byte* own) {
     AttentionHead head = make_head(t, dropout, unit);
-    const std::int64_t row = t.starts()[unit / shape.num_attention_heads];
-    const std::int64_t first = static_cast<std::int64_t>(head.head) * shape.head_size;
-    head.dout = column(dout, row, first);
-    head.dq = column(dqkv, row, first);
-    head.dk = column(dqkv, row, hidden + first);
-    head.dv = column(dqkv, row, 2 * hidden + first);
+    head.dout = head_column(t, dout, unit);
+    set_gradients(t, dqkv, unit, head);
     kernels.backward(qkv.dtype, head, own);
+  });
+}
+
+void CpuBackend::attention_forward_tangent(const AttentionShape& shape,
+                                           const AttentionTangents& tangents,
+                                           const Tensor& sequence_starts) {
+  constexpr const char* kName = "attention_forward_tangent";
+  check_attention_tangents(kName, shape, tangents, sequence_starts);
+  const TangentTensors t(shape, tangents, sequence_starts);
+  const std::int64_t longest = check_attention(kName, t.value, {});
+  const AttentionTangentKernels& kernels = *kernels_.attention_tangent;
+  const DType dtype = tangents.qkv.dtype;
+  const std::size_t bytes =
+      round_up_to_line(kernels.forward_scratch_bytes(dtype, longest, shape.head_size));
+  std::byte* memory = static_cast<std::byte*>(scratch(omp_get_max_threads() * bytes));
+  for_each_head(t.value, memory, bytes, [&](std::int64_t unit, std::byte* own) {
+    kernels.forward(dtype, t.head(unit), own);
+  });
+}
+
+void CpuBackend::attention_backward_tangent(const AttentionShape& shape,
+                                            const AttentionTangents& tangents, const Tensor& dout,
+                                            const Tensor& dout_tangent,
+                                            const Tensor& sequence_starts,
+                                            const Tensor& dqkv_tangent) {
+  constexpr const char* kName = "attention_backward_tangent";
+  check_attention_tangents(kName, shape, tangents, sequence_starts);
+  check_attention_backward_tangent(tangents, dout, dout_tangent, dqkv_tangent);
+  const TangentTensors t(shape, tangents, sequence_starts);
+  const std::int64_t longest = check_attention(kName, t.value, {});
+  const AttentionTangentKernels& kernels = *kernels_.attention_tangent;
+  const DType dtype = tangents.qkv.dtype;
+  const std::size_t bytes =
+      round_up_to_line(kernels.backward_scratch_bytes(dtype, longest, shape.head_size));
+  std::byte* memory = static_cast<std::byte*>(scratch(omp_get_max_threads() * bytes));
+  for_each_head(t.value, memory, bytes, [&](std::int64_t unit, std::byte* own) {
+    AttentionHeadTangent head = t.head(unit);
+    head.value.dout = head_column(t.value, dout, unit);
+    head.tangent.dout = head_column(t.value, dout_tangent, unit);
+    set_gradients(t.value, dqkv_tangent, unit, head.tangent);
+    kernels.backward(dtype, head, own);
   });
 }
 

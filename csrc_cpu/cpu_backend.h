@@ -33,8 +33,8 @@ class CpuBackend final : public Backend {
   void fill_zero(const Tensor& destination) override;
 
   // matmul.cpp
-  void linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                      const Tensor& y) override;
+  void linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& y,
+                      Accumulate accumulate) override;
   void linear_activation_forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                  Activation activation, const Tensor& pre_activation,
                                  const Tensor& y) override;
@@ -47,6 +47,9 @@ class CpuBackend final : public Backend {
   void cast(const Tensor& source, const Tensor& destination) override;
   void activation_backward(Activation activation, const Tensor& pre_activation, const Tensor& dy,
                            const Tensor& dpre, const Tensor& y) override;
+  void activation_backward_tangent(Activation activation, const Tensor& pre_activation,
+                                   const Tensor& pre_activation_tangent, const Tensor& dy,
+                                   const Tensor& dy_tangent, const Tensor& dpre_tangent) override;
   void dropout(const Dropout& dropout, const Tensor& row_keys, const Tensor& x,
                const Tensor& y) override;
 
@@ -59,10 +62,18 @@ class CpuBackend final : public Backend {
                           const Tensor& out, const Tensor& log_sum_exp,
                           const Tensor& sequence_starts, const Tensor& sample_keys,
                           const Dropout& dropout, const Tensor& dqkv) override;
+  void attention_forward_tangent(const AttentionShape& shape, const AttentionTangents& tangents,
+                                 const Tensor& sequence_starts) override;
+  void attention_backward_tangent(const AttentionShape& shape, const AttentionTangents& tangents,
+                                  const Tensor& dout, const Tensor& dout_tangent,
+                                  const Tensor& sequence_starts,
+                                  const Tensor& dqkv_tangent) override;
 
   // layer_norm.cpp
   void layer_norm_forward(const LayerNormForward& args) override;
   void layer_norm_backward(const LayerNormBackward& args) override;
+  void layer_norm_forward_tangent(const LayerNormForwardTangent& args) override;
+  void layer_norm_backward_tangent(const LayerNormBackwardTangent& args) override;
 
   // embedding.cpp
   void embedding_forward(const EmbeddingIds& ids, const EmbeddingTables& tables,
@@ -77,6 +88,8 @@ class CpuBackend final : public Backend {
                              const Tensor& loss) override;
   void cross_entropy_backward(const Tensor& logits, const Tensor& labels, float scale,
                               const Tensor& dlogits) override;
+  void cross_entropy_backward_tangent(const Tensor& logits, const Tensor& logits_tangent,
+                                      float scale, const Tensor& dlogits_tangent) override;
   void mean_squared_error_forward(const Tensor& predictions, const Tensor& labels,
                                   const Tensor& loss) override;
   void mean_squared_error_backward(const Tensor& predictions, const Tensor& labels, float scale,
@@ -86,6 +99,9 @@ class CpuBackend final : public Backend {
   void span_cross_entropy_backward(const Tensor& logits, const Tensor& sequence_starts,
                                    const Tensor& span_positions, float scale,
                                    const Tensor& dlogits) override;
+  void span_cross_entropy_backward_tangent(const Tensor& logits, const Tensor& logits_tangent,
+                                           const Tensor& sequence_starts, float scale,
+                                           const Tensor& dlogits_tangent) override;
 
   // adam.cpp
   double squared_sum(const Tensor& x) override;

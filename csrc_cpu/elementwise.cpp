@@ -28,6 +28,19 @@ void CpuBackend::activation_backward(Activation activation, const Tensor& pre_ac
   });
 }
 
+void CpuBackend::activation_backward_tangent(Activation activation, const Tensor& pre_activation,
+                                             const Tensor& pre_activation_tangent, const Tensor& dy,
+                                             const Tensor& dy_tangent, const Tensor& dpre_tangent) {
+  check_activation_backward_tangent(pre_activation, pre_activation_tangent, dy, dy_tangent,
+                                    dpre_tangent);
+  parallel_ranges(pre_activation.numel(), kChunk, [&](std::int64_t begin, std::int64_t end) {
+    kernels_.elementwise->activation_backward_tangent(
+        activation, pre_activation.dtype, element(pre_activation, begin),
+        element(pre_activation_tangent, begin), element(dy, begin), element(dy_tangent, begin),
+        element(dpre_tangent, begin), end - begin);
+  });
+}
+
 void CpuBackend::dropout(const Dropout& dropout, const Tensor& row_keys, const Tensor& x,
                          const Tensor& y) {
   check_dropout(dropout, row_keys, x, y);

@@ -51,17 +51,41 @@ void cross_entropy_gradient(const Tensor& logits, const SoftmaxTerm& term, doubl
   }
 }
 
+/// scale * (diag(p) - p p^T) logits_tangent, p the softmax.
+void cross_entropy_gradient_tangent(const Tensor& logits, const Tensor& logits_tangent,
+                                    const SoftmaxTerm& term, double scale,
+                                    const Tensor& dlogits_tangent) {
+  const double denominator = log_denominator(logits, term);
+  const auto probability = [&](std::int64_t index) {
+    return std::exp(read(logits, index) - denominator);
+  };
+  double mean = 0;
+  for (std::int64_t i = 0; i < term.count; ++i) {
+    const std::int64_t index = term.first + i * term.stride;
+    mean += probability(index) * read(logits_tangent, index);
+  }
+  for (std::int64_t i = 0; i < term.count; ++i) {
+    const std::int64_t index = term.first + i * term.stride;
+    write(dlogits_tangent, index,
+          scale * probability(index) * (read(logits_tangent, index) - mean));
+  }
+}
+
 SoftmaxTerm class_term(const Tensor& logits, const Tensor& labels, std::int64_t row) {
   const std::int64_t classes = logits.shape[1];
   return {row * classes, 1, classes, labels.as<std::int32_t>()[row]};
 }
 
 /// `end` selects start (0) or end (1) position of the span.
+SoftmaxTerm span_term(const Tensor& starts, std::int64_t sequence, std::int64_t end,
+                      std::int64_t target) {
+  const auto* start = starts.as<std::int32_t>() + sequence;
+  return {2 * start[0] + end, 2, start[1] - start[0], target};
+}
+
 SoftmaxTerm span_term(const Tensor& starts, const Tensor& positions, std::int64_t sequence,
                       std::int64_t end) {
-  const auto* start = starts.as<std::int32_t>() + sequence;
-  return {2 * start[0] + end, 2, start[1] - start[0],
-          positions.as<std::int32_t>()[2 * sequence + end]};
+  return span_term(starts, sequence, end, positions.as<std::int32_t>()[2 * sequence + end]);
 }
 
 void check_target(const char* operation, const char* what, const SoftmaxTerm& term,
@@ -76,9 +100,7 @@ void check_labels(const char* operation, const Tensor& logits, const Tensor& lab
     check_target(operation, "label", class_term(logits, labels, row), row);
 }
 
-void check_positions(const char* operation, const Tensor& logits, const Tensor& starts,
-                     const Tensor& positions) {
-  check_span(operation, logits, starts, positions);
+void check_starts(const char* operation, const Tensor& logits, const Tensor& starts) {
   const std::int64_t sequences = starts.numel() - 1;
   const auto* start = starts.as<std::int32_t>();
   check<ShapeError>(start[0] == 0 && start[sequences] == logits.shape[0], operation,
@@ -87,6 +109,14 @@ void check_positions(const char* operation, const Tensor& logits, const Tensor& 
   for (std::int64_t sequence = 0; sequence < sequences; ++sequence) {
     check<ShapeError>(start[sequence] < start[sequence + 1], operation, ": sequence ", sequence,
                       " is empty");
+  }
+}
+
+void check_positions(const char* operation, const Tensor& logits, const Tensor& starts,
+                     const Tensor& positions) {
+  check_span(operation, logits, starts, positions);
+  check_starts(operation, logits, starts);
+  for (std::int64_t sequence = 0; sequence + 1 < starts.numel(); ++sequence) {
     for (std::int64_t end = 0; end < 2; ++end)
       check_target(operation, "span position of sequence",
                    span_term(starts, positions, sequence, end), sequence);
@@ -114,6 +144,16 @@ void CpuBackend::cross_entropy_backward(const Tensor& logits, const Tensor& labe
   for (std::int64_t row = 0; row < rows; ++row) {
     cross_entropy_gradient(logits, class_term(logits, labels, row),
                            scale / static_cast<double>(rows), dlogits);
+  }
+}
+
+void CpuBackend::cross_entropy_backward_tangent(const Tensor& logits, const Tensor& logits_tangent,
+                                                float scale, const Tensor& dlogits_tangent) {
+  check_cross_entropy_tangent(logits, logits_tangent, dlogits_tangent);
+  const std::int64_t rows = logits.shape[0], classes = logits.shape[1];
+  for (std::int64_t row = 0; row < rows; ++row) {
+    cross_entropy_gradient_tangent(logits, logits_tangent, {row * classes, 1, classes, 0},
+                                   scale / static_cast<double>(rows), dlogits_tangent);
   }
 }
 
@@ -165,6 +205,22 @@ void CpuBackend::span_cross_entropy_backward(const Tensor& logits, const Tensor&
     for (std::int64_t end = 0; end < 2; ++end) {
       cross_entropy_gradient(logits, span_term(sequence_starts, span_positions, sequence, end),
                              scale / static_cast<double>(2 * sequences), dlogits);
+    }
+  }
+}
+
+void CpuBackend::span_cross_entropy_backward_tangent(const Tensor& logits,
+                                                     const Tensor& logits_tangent,
+                                                     const Tensor& sequence_starts, float scale,
+                                                     const Tensor& dlogits_tangent) {
+  check_span_tangent(logits, logits_tangent, sequence_starts, dlogits_tangent);
+  check_starts("span_cross_entropy_backward_tangent", logits, sequence_starts);
+  const std::int64_t sequences = sequence_starts.numel() - 1;
+  for (std::int64_t sequence = 0; sequence < sequences; ++sequence) {
+    for (std::int64_t end = 0; end < 2; ++end) {
+      cross_entropy_gradient_tangent(logits, logits_tangent,
+                                     span_term(sequence_starts, sequence, end, 0),
+                                     scale / static_cast<double>(2 * sequences), dlogits_tangent);
     }
   }
 }

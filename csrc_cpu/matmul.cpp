@@ -12,11 +12,12 @@ namespace {
 
 constexpr std::int64_t kRowsAfter = 64;  ///< rows per call of what follows a product
 
-MatmulSpec forward_spec(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+MatmulSpec forward_spec(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                        Accumulate accumulate) {
   return {.n = weight.shape[0],
           .k = weight.shape[1],
           .transpose = Transpose::yes,
-          .accumulate = Accumulate::no,
+          .accumulate = accumulate,
           .has_bias = static_cast<bool>(bias),
           .dtype = x.dtype};
 }
@@ -53,9 +54,9 @@ void CpuBackend::multiply_rows(const MatmulSpec& spec, const Tensor& x, const Te
 }
 
 void CpuBackend::linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                const Tensor& y) {
+                                const Tensor& y, Accumulate accumulate) {
   check_linear("linear_forward", x, weight, bias, y);
-  multiply_rows(forward_spec(x, weight, bias), x, weight, bias, y, {});
+  multiply_rows(forward_spec(x, weight, bias, accumulate), x, weight, bias, y, {});
 }
 
 void CpuBackend::linear_activation_forward(const Tensor& x, const Tensor& weight,
@@ -65,7 +66,7 @@ void CpuBackend::linear_activation_forward(const Tensor& x, const Tensor& weight
   check_linear(kName, x, weight, bias, pre_activation);
   check_tensor(kName, "y", y, x.dtype, pre_activation.shape);
   const std::int64_t columns = weight.shape[0];
-  multiply_rows(forward_spec(x, weight, bias), x, weight, bias, pre_activation,
+  multiply_rows(forward_spec(x, weight, bias, Accumulate::no), x, weight, bias, pre_activation,
                 [&](std::int64_t begin, std::int64_t end) {
                   kernels_.elementwise->activation_forward(
                       activation, y.dtype, element(pre_activation, begin * columns),

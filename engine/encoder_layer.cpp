@@ -138,7 +138,8 @@ void EncoderLayer::forward(const EncoderPass& pass, const LayerActivations& acti
 Tensor EncoderLayer::attention_forward(const EncoderPass& pass) {
   Backend& backend = pass.backend;
   const EncoderBatch& batch = pass.batch;
-  backend.linear_forward(input_, weights_.qkv_weight, weights_.qkv_bias, saved_.qkv);
+  backend.linear_forward(input_, weights_.qkv_weight, weights_.qkv_bias, saved_.qkv,
+                         Accumulate::no);
   backend.attention_forward(attention_shape(pass), saved_.qkv, batch.sequence_starts,
                             batch.sample_keys, attention_probs_dropout(pass), saved_.context,
                             saved_.log_sum_exp);
@@ -149,7 +150,7 @@ Tensor EncoderLayer::attention_forward(const EncoderPass& pass) {
     backend.gather_rows(saved_.context, batch.first_tokens, saved_.context_rows);
   }
   backend.linear_forward(saved_.context_rows, weights_.attention_weight, weights_.attention_bias,
-                         saved_.attention_sum);
+                         saved_.attention_sum, Accumulate::no);
   LayerNormForward norm;
   norm.residual = residual;
   norm.row_keys = pass.row_keys(rows_);
@@ -175,7 +176,7 @@ void EncoderLayer::feed_forward_forward(const EncoderPass& pass, const Tensor& a
                                          weights_.intermediate_bias, config_.hidden_act,
                                          saved_.pre_activation, activated);
   pass.backend.linear_forward(activated, weights_.output_weight, weights_.output_bias,
-                              saved_.output_sum);
+                              saved_.output_sum, Accumulate::no);
   LayerNormForward norm;
   norm.x = norm.sum = saved_.output_sum;
   norm.residual = attention_output;

@@ -103,7 +103,8 @@ void PooledHead::forward(const EncoderPass& pass, const Tensor& hidden, int drop
   if (dropout_.enabled()) {
     backend.dropout(dropout_, pass.batch.first_token_keys, pooled_, pooled_);
   }
-  backend.linear_forward(pooled_, weights_.classifier_weight, weights_.classifier_bias, logits_);
+  backend.linear_forward(pooled_, weights_.classifier_weight, weights_.classifier_bias, logits_,
+                         Accumulate::no);
   if (!loss_) return;
   if (is_regression()) {
     backend.mean_squared_error_forward(logits_, labels(pass.batch), loss_);
@@ -165,7 +166,7 @@ class SpanHead final : public Head {
 
   void forward(const EncoderPass& pass, const Tensor& hidden, int /*dropout_site*/) override {
     hidden_ = hidden;
-    pass.backend.linear_forward(hidden, weight_, bias_, logits_);
+    pass.backend.linear_forward(hidden, weight_, bias_, logits_, Accumulate::no);
     if (loss_) {
       pass.backend.span_cross_entropy_forward(logits_, pass.batch.sequence_starts,
                                               pass.batch.span_positions, loss_);

@@ -5,8 +5,6 @@
 namespace bitfall::BITFALL_ISA {
 namespace {
 
-constexpr std::int64_t kBlockRows = 32;  ///< queries whose whole score rows are in cache together
-
 // --- forward
 
 template <typename Format>
@@ -264,14 +262,6 @@ struct Backward {
 };
 
 // --- the table
-
-/// Calls function(TypeTag<T>{}); the caller has refused other dtypes.
-template <typename Function>
-std::size_t scratch_bytes(DType dtype, Function&& function) {
-  std::size_t bytes = 0;
-  dispatch(dtype, [&](auto tag) { bytes = function(tag); });
-  return bytes;
-}
 
 std::size_t forward_scratch_bytes(DType dtype, std::int64_t length, std::int64_t head_size) {
   return scratch_bytes(dtype, [&](auto tag) {

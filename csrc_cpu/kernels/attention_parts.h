@@ -28,6 +28,7 @@ BITFALL_INLINE Floats exp2(Floats x) {
 }
 
 constexpr float kLog2E = 1.44269504f;
+constexpr std::int64_t kBlockRows = 32;  ///< queries whose whole score rows are in cache together
 
 /// Sizes of the packed operands of one head, in words or f32 elements.
 template <typename Format>
@@ -127,6 +128,14 @@ BITFALL_INLINE void write_row(const float* source, float factor, std::int64_t co
 template <typename T>
 Rows<T> rows_of(const void* first, std::int64_t stride, const AttentionHead& head) {
   return {static_cast<const T*>(first), stride, head.length, head.head_size};
+}
+
+/// Calls function(TypeTag<T>{}); the caller has refused other dtypes.
+template <typename Function>
+std::size_t scratch_bytes(DType dtype, Function&& function) {
+  std::size_t bytes = 0;
+  dispatch(dtype, [&](auto tag) { bytes = function(tag); });
+  return bytes;
 }
 
 float score_scale(const AttentionHead& head) {

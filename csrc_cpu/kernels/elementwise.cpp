@@ -5,15 +5,16 @@
 namespace bitfall::BITFALL_ISA {
 namespace {
 
-/// Value and derivative of an activation function.
+/// Value, first and second derivative of an activation function.
 struct Activated {
-  Floats value, slope;
+  Floats value, slope, curvature;
 };
 
 struct Gelu {
   BITFALL_INLINE static Activated evaluate(Floats x) {
     const Normal n = normal(x);
-    return {x * n.cdf, n.cdf + x * n.pdf};
+    const Floats weighted = x * n.pdf;  // first, for the square of x may overflow
+    return {x * n.cdf, n.cdf + weighted, 2.0f * n.pdf - x * weighted};
   }
 };
 
@@ -27,21 +28,28 @@ struct GeluTanh {
     const Floats inverse = 1.0f / (1.0f + e);
     const Floats gate = twice_u < 0.0f ? e * inverse : inverse;
     const Floats twice_u_slope = kScale * (1.0f + 3.0f * 0.044715f * square);
-    return {x * gate, gate + x * (e * inverse * inverse) * twice_u_slope};
+    const Floats gate_slope = e * inverse * inverse;
+    const Floats twice_u_curvature = kScale * (6.0f * 0.044715f) * x;
+    const Floats gate_change = gate_slope * twice_u_slope;
+    const Floats gate_curvature =
+        gate_change * twice_u_slope * (1.0f - 2.0f * gate) + gate_slope * twice_u_curvature;
+    return {x * gate, gate + x * gate_slope * twice_u_slope,
+            2.0f * gate_change + x * gate_curvature};
   }
 };
 
 struct Relu {
   BITFALL_INLINE static Activated evaluate(Floats x) {
     // x is on the side that keeps a NaN.
-    return {x < 0.0f ? Floats{} : x, x > 0.0f ? broadcast(1.0f) : Floats{}};
+    return {x < 0.0f ? Floats{} : x, x > 0.0f ? broadcast(1.0f) : Floats{}, Floats{}};
   }
 };
 
 struct Tanh {
   BITFALL_INLINE static Activated evaluate(Floats x) {
     const Floats t = tanh(x);
-    return {t, 1.0f - t * t};
+    const Floats slope = 1.0f - t * t;
+    return {t, slope, -2.0f * t * slope};
   }
 };
 
@@ -104,6 +112,29 @@ void activation_backward(Activation activation, DType dtype, const void* pre_act
   });
 }
 
+void activation_backward_tangent(Activation activation, DType dtype, const void* pre_activation,
+                                 const void* pre_activation_tangent, const void* dy,
+                                 const void* dy_tangent, void* dpre_tangent, std::int64_t numel) {
+  dispatch(activation, [&](auto function) {
+    dispatch(dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const auto* in = static_cast<const T*>(pre_activation);
+      const auto* in_tangent = static_cast<const T*>(pre_activation_tangent);
+      const auto* gradient = static_cast<const T*>(dy);
+      const auto* gradient_tangent = static_cast<const T*>(dy_tangent);
+      auto* out = static_cast<T*>(dpre_tangent);
+      for_each_vector(numel, [&](std::int64_t i, std::int64_t count) {
+        const Activated activated = function.evaluate(load_lanes(in + i, count));
+        const Floats slope_tangent = activated.curvature * load_lanes(in_tangent + i, count);
+        store_lanes(out + i,
+                    load_lanes(gradient_tangent + i, count) * activated.slope +
+                        load_lanes(gradient + i, count) * slope_tangent,
+                    count);
+      });
+    });
+  });
+}
+
 void dropout(const Dropout& dropout, DType dtype, const std::int32_t* row_keys, std::int64_t rows,
              std::int64_t columns, const void* x, void* y) {
   dispatch(dtype, [&](auto tag) {
@@ -157,6 +188,7 @@ void accumulate(DType dtype, const void* x, float* destination, std::int64_t num
 
 extern const ElementwiseKernels elementwise_kernels;
 const ElementwiseKernels elementwise_kernels{
-    cast, activation_forward, activation_backward, dropout, column_sums, add_three, accumulate};
+    cast,    activation_forward, activation_backward, activation_backward_tangent,
+    dropout, column_sums,        add_three,           accumulate};
 
 }  // namespace bitfall::BITFALL_ISA

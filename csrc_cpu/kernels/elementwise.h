@@ -17,6 +17,12 @@ struct ElementwiseKernels {
   /// dpre = dy * activation'(pre_activation); y, unless null, = activation(pre_activation).
   void (*activation_backward)(Activation activation, DType dtype, const void* pre_activation,
                               const void* dy, void* dpre, void* y, std::int64_t numel);
+  /// dpre_tangent = activation'(pre) dy_tangent + activation''(pre) pre_tangent dy.
+  void (*activation_backward_tangent)(Activation activation, DType dtype,
+                                      const void* pre_activation,
+                                      const void* pre_activation_tangent, const void* dy,
+                                      const void* dy_tangent, void* dpre_tangent,
+                                      std::int64_t numel);
   /// y = x * mask * scale for `rows` rows of `columns`; row_keys [rows, 2].
   void (*dropout)(const Dropout& dropout, DType dtype, const std::int32_t* row_keys,
                   std::int64_t rows, std::int64_t columns, const void* x, void* y);

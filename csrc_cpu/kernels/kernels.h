@@ -14,6 +14,7 @@
 #include "csrc_cpu/cpu_isa.h"
 #include "csrc_cpu/kernels/adam.h"
 #include "csrc_cpu/kernels/attention.h"
+#include "csrc_cpu/kernels/attention_tangent.h"
 #include "csrc_cpu/kernels/elementwise.h"
 #include "csrc_cpu/kernels/fake_quantize.h"
 #include "csrc_cpu/kernels/layer_norm.h"
@@ -23,6 +24,7 @@ namespace bitfall {
 struct KernelTable {
   const AdamKernels* adam;
   const AttentionKernels* attention;
+  const AttentionTangentKernels* attention_tangent;
   const ElementwiseKernels* elementwise;
   const FakeQuantizeKernels* fake_quantize;
   const LayerNormKernels* layer_norm;

@@ -13,6 +13,11 @@ struct LayerNormKernels {
   /// Adds this range's share of dgamma and dbeta to the f32 rows `dgamma` and `dbeta` [H].
   void (*backward)(const LayerNormBackward& args, std::int64_t begin, std::int64_t end,
                    float* dgamma, float* dbeta);
+  void (*forward_tangent)(const LayerNormForwardTangent& args, std::int64_t begin,
+                          std::int64_t end);
+  /// Adds this range's share of dgamma_tangent and dbeta_tangent to f32 rows [H], unless null.
+  void (*backward_tangent)(const LayerNormBackwardTangent& args, std::int64_t begin,
+                           std::int64_t end, float* dgamma_tangent, float* dbeta_tangent);
 };
 
 }  // namespace bitfall

@@ -20,6 +20,24 @@ double reference(Activation activation, double x) {
   return NAN;
 }
 
+/// Derivative of the reference; relu has 0 at its kink.
+double slope(Activation activation, double x) {
+  const double density = std::exp(-x * x / 2) / std::sqrt(2 * M_PI);
+  const double t = std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x));
+  switch (activation) {
+    case Activation::gelu:
+      return 0.5 * std::erfc(-x / std::sqrt(2.0)) + x * density;
+    case Activation::gelu_tanh:
+      return 0.5 * (1 + t) +
+             0.5 * x * (1 - t * t) * std::sqrt(2 / M_PI) * (1 + 3 * 0.044715 * x * x);
+    case Activation::relu:
+      return x > 0 ? 1 : 0;
+    case Activation::tanh:
+      return 1 - std::pow(std::tanh(x), 2);
+  }
+  return NAN;
+}
+
 constexpr Activation kAll[] = {Activation::gelu, Activation::gelu_tanh, Activation::relu,
                                Activation::tanh};
 
@@ -58,6 +76,30 @@ TEST_P(ActivationTest, BackwardMatchesReferenceAndRepeatsTheForwardValue) {
   }
 }
 
+TEST_P(ActivationTest, BackwardTangentMatchesTheDerivativeOfTheBackwardPass) {
+  const Tensor x = inputs(), x_tangent = random(x.shape, dtype());
+  const Tensor dy = random(x.shape, dtype()), dy_tangent = random(x.shape, dtype());
+  for (const Activation activation : kAll) {
+    const Tensor dpre_tangent = zeros(x.shape, dtype());
+    backend().activation_backward_tangent(activation, x, x_tangent, dy, dy_tangent, dpre_tangent);
+    std::vector<double> expected;
+    for (std::size_t i = 0; i < values(x).size(); ++i) {
+      const double at = values(x)[i];
+      const auto function = [&](const std::vector<double>& v) { return slope(activation, v[0]); };
+      // There is no derivative at the kink of relu; the operation takes 0.
+      const double curvature =
+          activation == Activation::relu ? 0 : numeric_gradient(function, {at})[0];
+      expected.push_back(slope(activation, at) * values(dy_tangent)[i] +
+                         curvature * values(x_tangent)[i] * values(dy)[i]);
+    }
+    Tolerance allowed = tolerance();
+    if (dtype() == DType::f32) allowed = {2e-6, 1e-6};
+    EXPECT_TRUE(close(dpre_tangent, expected, allowed)) << static_cast<int>(activation);
+    backend().activation_backward_tangent(activation, x, x_tangent, dy, dy_tangent, dy_tangent);
+    EXPECT_TRUE(identical(dy_tangent, dpre_tangent));
+  }
+}
+
 TEST_P(ActivationTest, WorksInPlaceAndWithoutTheForwardValue) {
   const Tensor x = inputs(), dy = random(x.shape, dtype());
   const Tensor dpre = zeros(x.shape, dtype());
@@ -77,6 +119,9 @@ TEST_P(ActivationTest, EveryInstructionSetGivesTheSameBits) {
     generic.backend().activation_backward(activation, x, dy, there, y_there);
     EXPECT_TRUE(identical(here, there));
     EXPECT_TRUE(identical(y_here, y_there));
+    backend().activation_backward_tangent(activation, x, y_here, dy, here, here);
+    generic.backend().activation_backward_tangent(activation, x, y_there, dy, there, there);
+    EXPECT_TRUE(identical(here, there));
   }
 }
 
@@ -99,6 +144,23 @@ TEST_P(ActivationTest, RefusesWhatDoesNotFit) {
                UnsupportedError);
   EXPECT_THROW(backend().activation_backward(Activation::gelu, x, integer, x, {}),
                UnsupportedError);
+}
+
+TEST_P(ActivationTest, TangentRefusesWhatDoesNotFit) {
+  const Tensor x = zeros(Shape{2, 3}, dtype()), integer = zeros(Shape{2, 3}, DType::s32);
+  const auto run = [&](const std::vector<Tensor>& t) {
+    backend().activation_backward_tangent(Activation::gelu, t[0], t[1], t[2], t[3], t[4]);
+  };
+  EXPECT_NO_THROW(run({x, x, x, x, x}));
+  for (std::size_t which = 0; which < 5; ++which) {
+    std::vector<Tensor> tensors(5, x);
+    tensors[which] = zeros(Shape{3, 2}, dtype());
+    EXPECT_THROW(run(tensors), ShapeError) << which;
+    tensors[which] = {};
+    EXPECT_THROW(run(tensors), ShapeError) << which;
+    tensors[which] = integer;
+    EXPECT_THROW(run(tensors), UnsupportedError) << which;
+  }
 }
 
 BITFALL_BACKEND_SUITE(ActivationTest);

@@ -56,10 +56,25 @@ TEST_P(LinearTest, ForwardMatchesReference) {
     const Tensor x = random(Shape{s.rows, s.k}, dtype());
     const Tensor weight = random(Shape{s.n, s.k}, dtype(), 1 / std::sqrt(double(s.k)));
     const Tensor bias = random(Shape{s.n}, dtype()), y = zeros(Shape{s.rows, s.n}, dtype());
-    backend().linear_forward(x, weight, bias, y);
+    backend().linear_forward(x, weight, bias, y, Accumulate::no);
     EXPECT_TRUE(close(y, forward_reference(x, weight, bias), tolerance())) << s.rows << " " << s.k;
-    backend().linear_forward(x, weight, {}, y);
+    backend().linear_forward(x, weight, {}, y, Accumulate::no);
     EXPECT_TRUE(close(y, forward_reference(x, weight, {}), tolerance())) << s.rows << " " << s.k;
+  }
+}
+
+TEST_P(LinearTest, ForwardAccumulates) {
+  for (const Sizes& s : kSizes) {
+    const Tensor x = random(Shape{s.rows, s.k}, dtype());
+    const Tensor weight = random(Shape{s.n, s.k}, dtype(), 1 / std::sqrt(double(s.k)));
+    const Tensor y = random(Shape{s.rows, s.n}, dtype());
+    for (const Tensor& bias : {random(Shape{s.n}, dtype()), Tensor{}}) {
+      std::vector<double> expected = forward_reference(x, weight, bias);
+      const std::vector<double> before = values(y);
+      for (std::size_t i = 0; i < expected.size(); ++i) expected[i] += before[i];
+      backend().linear_forward(x, weight, bias, y, Accumulate::yes);
+      EXPECT_TRUE(close(y, expected, tolerance())) << s.rows << " " << s.n << " " << s.k;
+    }
   }
 }
 
@@ -120,8 +135,8 @@ TEST_P(LinearTest, BackwardWeightMatchesReferenceAndAccumulates) {
 TEST_P(LinearTest, TwoRunsGiveTheSameBits) {
   const Tensor x = random(Shape{300, 65}, dtype()), weight = random(Shape{48, 65}, dtype());
   const Tensor y = zeros(Shape{300, 48}, dtype()), again = zeros(Shape{300, 48}, dtype());
-  backend().linear_forward(x, weight, {}, y);
-  backend().linear_forward(x, weight, {}, again);
+  backend().linear_forward(x, weight, {}, y, Accumulate::no);
+  backend().linear_forward(x, weight, {}, again, Accumulate::no);
   EXPECT_TRUE(identical(y, again));
   const Tensor dw = zeros(weight.shape, DType::f32), dw_again = zeros(weight.shape, DType::f32);
   const Tensor db = zeros(Shape{48}, DType::f32), db_again = zeros(Shape{48}, DType::f32);
@@ -134,7 +149,7 @@ TEST_P(LinearTest, TwoRunsGiveTheSameBits) {
 TEST_P(LinearTest, NoRowsGiveNothingForwardAndZeroGradients) {
   const Tensor x = zeros(Shape{0, 4}, dtype()), y = zeros(Shape{0, 3}, dtype());
   const Tensor weight = random(Shape{3, 4}, dtype());
-  backend().linear_forward(x, weight, {}, y);
+  backend().linear_forward(x, weight, {}, y, Accumulate::no);
   backend().linear_backward_input(y, weight, x, Accumulate::no);
   const Tensor dweight = random(Shape{3, 4}, DType::f32), dbias = random(Shape{3}, DType::f32);
   const std::vector<double> before = values(dweight);
@@ -152,15 +167,15 @@ TEST_P(LinearTest, RefusesWhatDoesNotFit) {
   const Tensor dweight = zeros(Shape{3, 4}, DType::f32);
   const Tensor integers = zeros(Shape{2, 4}, DType::s32);
   Backend& b = backend();
-  EXPECT_THROW(b.linear_forward(bad, weight, bias, y), ShapeError);
-  EXPECT_THROW(b.linear_forward(flat, weight, bias, y), ShapeError);
-  EXPECT_THROW(b.linear_forward(x, weight, flat, y), ShapeError);
-  EXPECT_THROW(b.linear_forward(x, weight, bias, {}), ShapeError);
-  EXPECT_THROW(b.linear_forward(x, bad, bias, y), ShapeError);
-  EXPECT_THROW(b.linear_forward(integers, weight, bias, y), UnsupportedError);
-  EXPECT_THROW(
-      b.linear_forward(x, dweight.reshaped(Shape{3, 4}), bias, zeros(Shape{2, 3}, DType::s8)),
-      UnsupportedError);
+  EXPECT_THROW(b.linear_forward(bad, weight, bias, y, Accumulate::no), ShapeError);
+  EXPECT_THROW(b.linear_forward(flat, weight, bias, y, Accumulate::no), ShapeError);
+  EXPECT_THROW(b.linear_forward(x, weight, flat, y, Accumulate::no), ShapeError);
+  EXPECT_THROW(b.linear_forward(x, weight, bias, {}, Accumulate::yes), ShapeError);
+  EXPECT_THROW(b.linear_forward(x, bad, bias, y, Accumulate::no), ShapeError);
+  EXPECT_THROW(b.linear_forward(integers, weight, bias, y, Accumulate::no), UnsupportedError);
+  EXPECT_THROW(b.linear_forward(x, dweight.reshaped(Shape{3, 4}), bias,
+                                zeros(Shape{2, 3}, DType::s8), Accumulate::no),
+               UnsupportedError);
   EXPECT_THROW(b.linear_activation_forward(x, weight, bias, Activation::gelu, y, bad), ShapeError);
   EXPECT_THROW(b.linear_backward_input(bad, weight, x, Accumulate::no), ShapeError);
   EXPECT_THROW(b.linear_backward_weight(y, x, bad, {}, Accumulate::no), ShapeError);

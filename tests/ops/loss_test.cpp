@@ -16,6 +16,18 @@ double negative_log_likelihood(const Values& logits, std::size_t first, std::siz
   return std::log(sum) - logits[first + static_cast<std::size_t>(target) * stride];
 }
 
+/// Gradient of `scale` times that, added to dlogits.
+void add_gradient(const Values& logits, std::size_t first, std::size_t stride, std::size_t count,
+                  std::int32_t target, double scale, Values& dlogits) {
+  const double loss = negative_log_likelihood(logits, first, stride, count, target);
+  const double of_target = logits[first + static_cast<std::size_t>(target) * stride];
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::size_t at = first + i * stride;
+    const bool is_target = static_cast<std::int32_t>(i) == target;
+    dlogits[at] += scale * (std::exp(logits[at] - of_target - loss) - (is_target ? 1 : 0));
+  }
+}
+
 class LossTest : public BackendTest {
  protected:
   Tensor loss_ = zeros(Shape{1}, DType::f32);
@@ -90,6 +102,75 @@ TEST_P(LossTest, SpanCrossEntropy) {
     return sum / 6;
   };
   expect_loss(reference, logits, dlogits, 2.0);
+}
+
+TEST_P(LossTest, CrossEntropyTangentIsTheDerivativeOfTheGradient) {
+  for (const Shape& shape : {Shape{1, 1}, Shape{3, 2}, Shape{130, 3}, Shape{2, 33}}) {
+    const Tensor logits = random(shape, dtype(), 2.0), tangent = random(shape, dtype());
+    const Tensor dlogits_tangent = zeros(shape, dtype());
+    backend().cross_entropy_backward_tangent(logits, tangent, 8.0f, dlogits_tangent);
+    const auto rows = static_cast<std::size_t>(shape[0]),
+               classes = static_cast<std::size_t>(shape[1]);
+    const auto gradient = [&](const Values& z) {
+      Values dlogits(z.size(), 0.0);
+      for (std::size_t row = 0; row < rows; ++row)
+        add_gradient(z, row * classes, 1, classes, 0, 8.0 / double(rows), dlogits);
+      return dlogits;
+    };
+    EXPECT_TRUE(close(dlogits_tangent, numeric_tangent(gradient, values(logits), values(tangent)),
+                      tolerance()))
+        << shape.to_string();
+  }
+}
+
+TEST_P(LossTest, SpanCrossEntropyTangentIsTheDerivativeOfTheGradient) {
+  const Tensor logits = random(Shape{10, 2}, dtype()), tangent = random(Shape{10, 2}, dtype());
+  const Tensor dlogits_tangent = zeros(Shape{10, 2}, dtype());
+  const std::vector<std::int32_t> begin{0, 1, 4, 10};
+  backend().span_cross_entropy_backward_tangent(logits, tangent, integers(Shape{4}, begin), 2.0f,
+                                                dlogits_tangent);
+  const auto gradient = [&](const Values& z) {
+    Values dlogits(z.size(), 0.0);
+    for (std::size_t s = 0; s < 3; ++s) {
+      const auto first = static_cast<std::size_t>(begin[s]);
+      const auto count = static_cast<std::size_t>(begin[s + 1] - begin[s]);
+      for (std::size_t end = 0; end < 2; ++end)
+        add_gradient(z, 2 * first + end, 2, count, 0, 2.0 / 6, dlogits);
+    }
+    return dlogits;
+  };
+  EXPECT_TRUE(close(dlogits_tangent, numeric_tangent(gradient, values(logits), values(tangent)),
+                    tolerance()));
+}
+
+TEST_P(LossTest, TangentsRefuseWhatDoesNotFit) {
+  Backend& b = backend();
+  const Tensor good = zeros(Shape{4, 2}, dtype()), other = zeros(Shape{2, 4}, dtype());
+  const Tensor half = zeros(Shape{4, 2}, DType::s8), none = zeros(Shape{0, 2}, dtype());
+  const Tensor starts = integers(Shape{3}, {0, 1, 4});
+  EXPECT_NO_THROW(b.cross_entropy_backward_tangent(good, good, 1, good));
+  EXPECT_THROW(b.cross_entropy_backward_tangent(good, other, 1, good), ShapeError);
+  EXPECT_THROW(b.cross_entropy_backward_tangent(good, good, 1, other), ShapeError);
+  EXPECT_THROW(b.cross_entropy_backward_tangent(none, none, 1, none), ShapeError);
+  EXPECT_THROW(b.cross_entropy_backward_tangent(good, half, 1, good), UnsupportedError);
+  const auto span = [&](const Tensor& logits, const Tensor& tangent, const Tensor& sequences,
+                        const Tensor& result) {
+    b.span_cross_entropy_backward_tangent(logits, tangent, sequences, 1, result);
+  };
+  EXPECT_NO_THROW(span(good, good, starts, good));
+  EXPECT_THROW(span(other, other, starts, other), ShapeError);
+  EXPECT_THROW(span(good, other, starts, good), ShapeError);
+  EXPECT_THROW(span(good, good, starts, other), ShapeError);
+  EXPECT_THROW(span(good, good, integers(Shape{1}, {0}), good), ShapeError);
+  EXPECT_THROW(span(good, half, starts, good), UnsupportedError);
+  for (const auto& bad : {std::vector<std::int32_t>{0, 1, 5}, {0, 4, 4}}) {
+    const auto refused = [&] { span(good, good, integers(Shape{3}, bad), good); };
+    if (checks_content()) {
+      EXPECT_THROW(refused(), ShapeError);
+    } else {
+      EXPECT_NO_THROW(refused());
+    }
+  }
 }
 
 TEST_P(LossTest, NanLogitsGiveANanLoss) {

@@ -38,9 +38,9 @@ class MirroredBackend final : public Backend {
   void cast(const Tensor& source, const Tensor& destination) override {
     run([&](auto& on) { device_->cast(on(source), on(destination)); });
   }
-  void linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                      const Tensor& y) override {
-    run([&](auto& on) { device_->linear_forward(on(x), on(weight), on(bias), on(y)); });
+  void linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& y,
+                      Accumulate accumulate) override {
+    run([&](auto& on) { device_->linear_forward(on(x), on(weight), on(bias), on(y), accumulate); });
   }
   void linear_activation_forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                  Activation activation, const Tensor& pre_activation,
@@ -66,15 +66,22 @@ class MirroredBackend final : public Backend {
       device_->activation_backward(activation, on(pre_activation), on(dy), on(dpre), on(y));
     });
   }
+  void activation_backward_tangent(Activation activation, const Tensor& pre_activation,
+                                   const Tensor& pre_activation_tangent, const Tensor& dy,
+                                   const Tensor& dy_tangent, const Tensor& dpre_tangent) override {
+    run([&](auto& on) {
+      device_->activation_backward_tangent(activation, on(pre_activation),
+                                           on(pre_activation_tangent), on(dy), on(dy_tangent),
+                                           on(dpre_tangent));
+    });
+  }
   void attention_forward(const AttentionShape& shape, const Tensor& qkv,
                          const Tensor& sequence_starts, const Tensor& sample_keys,
                          const Dropout& dropout, const Tensor& out,
                          const Tensor& log_sum_exp) override {
     run([&](auto& on) {
-      AttentionShape there = shape;
-      there.key_lengths = on(shape.key_lengths);
-      device_->attention_forward(there, on(qkv), on(sequence_starts), on(sample_keys), dropout,
-                                 on(out), on(log_sum_exp));
+      device_->attention_forward(shape_on(on, shape), on(qkv), on(sequence_starts), on(sample_keys),
+                                 dropout, on(out), on(log_sum_exp));
     });
   }
   void attention_backward(const AttentionShape& shape, const Tensor& dout, const Tensor& qkv,
@@ -82,10 +89,24 @@ class MirroredBackend final : public Backend {
                           const Tensor& sequence_starts, const Tensor& sample_keys,
                           const Dropout& dropout, const Tensor& dqkv) override {
     run([&](auto& on) {
-      AttentionShape there = shape;
-      there.key_lengths = on(shape.key_lengths);
-      device_->attention_backward(there, on(dout), on(qkv), on(out), on(log_sum_exp),
+      device_->attention_backward(shape_on(on, shape), on(dout), on(qkv), on(out), on(log_sum_exp),
                                   on(sequence_starts), on(sample_keys), dropout, on(dqkv));
+    });
+  }
+  void attention_forward_tangent(const AttentionShape& shape, const AttentionTangents& tangents,
+                                 const Tensor& sequence_starts) override {
+    run([&](auto& on) {
+      device_->attention_forward_tangent(shape_on(on, shape), tangents_on(on, tangents),
+                                         on(sequence_starts));
+    });
+  }
+  void attention_backward_tangent(const AttentionShape& shape, const AttentionTangents& tangents,
+                                  const Tensor& dout, const Tensor& dout_tangent,
+                                  const Tensor& sequence_starts,
+                                  const Tensor& dqkv_tangent) override {
+    run([&](auto& on) {
+      device_->attention_backward_tangent(shape_on(on, shape), tangents_on(on, tangents), on(dout),
+                                          on(dout_tangent), on(sequence_starts), on(dqkv_tangent));
     });
   }
   void layer_norm_forward(const LayerNormForward& args) override {
@@ -104,6 +125,25 @@ class MirroredBackend final : public Backend {
                              &there.dresidual, &there.dx, &there.dgamma, &there.dbeta})
         *tensor = on(*tensor);
       device_->layer_norm_backward(there);
+    });
+  }
+  void layer_norm_forward_tangent(const LayerNormForwardTangent& args) override {
+    run([&](auto& on) {
+      LayerNormForwardTangent there = args;
+      for (Tensor* tensor : {&there.sum, &there.mean_rstd, &there.gamma, &there.sum_tangent,
+                             &there.gamma_tangent, &there.beta_tangent, &there.y_tangent})
+        *tensor = on(*tensor);
+      device_->layer_norm_forward_tangent(there);
+    });
+  }
+  void layer_norm_backward_tangent(const LayerNormBackwardTangent& args) override {
+    run([&](auto& on) {
+      LayerNormBackwardTangent there = args;
+      for (Tensor* tensor : {&there.sum, &there.mean_rstd, &there.sum_tangent, &there.gamma,
+                             &there.gamma_tangent, &there.dy, &there.dy_tangent,
+                             &there.dsum_tangent, &there.dgamma_tangent, &there.dbeta_tangent})
+        *tensor = on(*tensor);
+      device_->layer_norm_backward_tangent(there);
     });
   }
   void embedding_forward(const EmbeddingIds& ids, const EmbeddingTables& tables,
@@ -142,6 +182,13 @@ class MirroredBackend final : public Backend {
       device_->cross_entropy_backward(on(logits), on(labels), scale, on(dlogits));
     });
   }
+  void cross_entropy_backward_tangent(const Tensor& logits, const Tensor& logits_tangent,
+                                      float scale, const Tensor& dlogits_tangent) override {
+    run([&](auto& on) {
+      device_->cross_entropy_backward_tangent(on(logits), on(logits_tangent), scale,
+                                              on(dlogits_tangent));
+    });
+  }
   void mean_squared_error_forward(const Tensor& predictions, const Tensor& labels,
                                   const Tensor& loss) override {
     run([&](auto& on) {
@@ -167,6 +214,14 @@ class MirroredBackend final : public Backend {
     run([&](auto& on) {
       device_->span_cross_entropy_backward(on(logits), on(sequence_starts), on(span_positions),
                                            scale, on(dlogits));
+    });
+  }
+  void span_cross_entropy_backward_tangent(const Tensor& logits, const Tensor& logits_tangent,
+                                           const Tensor& sequence_starts, float scale,
+                                           const Tensor& dlogits_tangent) override {
+    run([&](auto& on) {
+      device_->span_cross_entropy_backward_tangent(on(logits), on(logits_tangent),
+                                                   on(sequence_starts), scale, on(dlogits_tangent));
     });
   }
   double squared_sum(const Tensor& x) override {
@@ -236,6 +291,14 @@ class MirroredBackend final : public Backend {
     MirroredBackend& backend_;
     std::vector<Mirror*> used_;
   };
+
+  static AttentionShape shape_on(Arguments& on, const AttentionShape& shape) {
+    return {shape.num_attention_heads, shape.head_size, on(shape.key_lengths)};
+  }
+  static AttentionTangents tangents_on(Arguments& on, const AttentionTangents& tangents) {
+    return {on(tangents.qkv),         on(tangents.qkv_tangent), on(tangents.out),
+            on(tangents.out_tangent), on(tangents.log_sum_exp), on(tangents.log_sum_exp_tangent)};
+  }
 
   template <typename Body>
   void run(const Body& body) {
