@@ -1,11 +1,10 @@
 // Attention on packed sequences: tensor cores (attention_tiles*.cuh) where dtype and head size
 // allow, a warp per row (attention_rows.cuh) otherwise.
-#include <algorithm>
-#include <cmath>
 #include <type_traits>
 
 #include "core/checks.h"
 #include "core/operation_checks.h"
+#include "csrc_cuda/attention_launch.cuh"
 #include "csrc_cuda/attention_rows.cuh"
 #include "csrc_cuda/attention_tiles_backward.cuh"
 #include "csrc_cuda/attention_tiles_forward.cuh"
@@ -14,65 +13,7 @@
 namespace bitfall {
 namespace {
 
-constexpr std::int64_t kMostHeads = 65535;        ///< blocks along the second axis of a grid
-constexpr std::int64_t kSharedBytes = 48 * 1024;  ///< what every GPU gives a block unasked
-
-/// A launch over parts of sequences (or tokens) and heads.
-struct Launch {
-  const char* operation;
-  dim3 grid, block;
-  std::size_t shared_bytes;
-  cudaStream_t stream;
-};
-
-template <typename... Arguments>
-void run(const Launch& launch, void (*kernel)(Arguments...), Arguments... arguments) {
-  if (launch.shared_bytes > static_cast<std::size_t>(kSharedBytes)) {
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(launch.shared_bytes)),
-               "cudaFuncSetAttribute");
-  }
-  kernel<<<launch.grid, launch.block, launch.shared_bytes, launch.stream>>>(arguments...);
-  check_launch(launch.operation);
-}
-
-AttentionProblem make_problem(const char* operation, const AttentionShape& shape, const Tensor& qkv,
-                              const Tensor& sequence_starts, const Tensor& sample_keys,
-                              const Dropout& dropout) {
-  AttentionProblem problem{};
-  problem.starts = device_data<const std::int32_t>(sequence_starts);
-  problem.key_lengths = device_data<const std::int32_t>(shape.key_lengths);
-  problem.sample_keys = device_data<const std::int32_t>(sample_keys);
-  problem.tokens = qkv.shape[0];
-  problem.sequences = sequence_starts.numel() - 1;
-  problem.heads = shape.num_attention_heads;
-  problem.head_size = shape.head_size;
-  problem.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_size));
-  problem.dropout = dropout;
-  check<ShapeError>(problem.sequences > 0 || problem.tokens == 0, operation, ": ", problem.tokens,
-                    " tokens in no sequence: sequence_starts has one entry");
-  check<UnsupportedError>(problem.heads <= kMostHeads && problem.tokens <= INT32_MAX, operation,
-                          " on cuda: ", problem.heads, " heads and ", problem.tokens,
-                          " tokens, expected at most ", kMostHeads, " and ", INT32_MAX,
-                          ": use smaller micro-batches");
-  return problem;
-}
-
-/// Blocks of `warps` warps of attention_rows, one part of `warps` rows each.
-Launch rows_launch(const char* operation, const AttentionProblem& problem, cudaStream_t stream) {
-  namespace rows = attention_rows;
-  const std::int64_t warp_bytes =
-      (rows::kVectors * problem.head_size + rows::kLaneNumbers * kWarpThreads) * 4;
-  const std::int64_t warps = std::min<std::int64_t>(rows::kMostWarps, kSharedBytes / warp_bytes);
-  check<UnsupportedError>(warps > 0, operation, " on cuda: head_size ", problem.head_size,
-                          " needs more than ", kSharedBytes,
-                          " bytes of shared memory: use a smaller one, or the cpu");
-  return {operation,
-          dim3(static_cast<unsigned>(sequence_parts(problem, warps)),
-               static_cast<unsigned>(problem.heads)),
-          dim3(kWarpThreads, static_cast<unsigned>(warps)),
-          static_cast<std::size_t>(warps * warp_bytes), stream};
-}
+using namespace attention_launch;
 
 Launch tiles_launch(const char* operation, const AttentionProblem& problem, int shared_bytes,
                     cudaStream_t stream) {
@@ -121,8 +62,9 @@ void forward(const AttentionProblem& problem, const AttentionForward<T>& data,
   choose<T>(
       problem, [&](auto depth) { tiles_forward<T, decltype(depth)::value>(problem, data, stream); },
       [&] {
-        run(rows_launch("attention_forward", problem, stream), attention_rows::forward_kernel<T>,
-            problem, data);
+        run(rows_launch("attention_forward", problem,
+                        attention_rows::WarpMemory<>::floats(problem.head_size), stream),
+            attention_rows::forward_kernel<T>, problem, data);
       });
 }
 
@@ -130,17 +72,15 @@ template <typename T>
 void backward(const AttentionProblem& problem, const T* out, float* delta,
               const AttentionBackward<T>& data, cudaStream_t stream) {
   namespace rows = attention_rows;
-  Launch per_token{
-      "attention_backward",
-      dim3(static_cast<unsigned>((problem.tokens + rows::kMostWarps - 1) / rows::kMostWarps),
-           static_cast<unsigned>(problem.heads)),
-      dim3(kWarpThreads, rows::kMostWarps), 0, stream};
+  const Launch per_token = tokens_launch("attention_backward", problem, stream);
   run(per_token, rows::delta_kernel<T>, problem, data.dout, out, delta);
   choose<T>(
       problem,
       [&](auto depth) { tiles_backward<T, decltype(depth)::value>(problem, data, stream); },
       [&] {
-        const Launch launch = rows_launch("attention_backward", problem, stream);
+        const Launch launch =
+            rows_launch("attention_backward", problem,
+                        attention_rows::WarpMemory<>::floats(problem.head_size), stream);
         run(launch, rows::query_gradient_kernel<T>, problem, data);
         run(launch, rows::key_gradient_kernel<T>, problem, data);
       });

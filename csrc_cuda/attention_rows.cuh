@@ -10,18 +10,21 @@
 namespace bitfall::attention_rows {
 
 inline constexpr int kMostWarps = 4;
-/// f32 vectors of head_size that each warp keeps in shared memory, and numbers per lane beside.
-inline constexpr int kVectors = 4, kLaneNumbers = 2;
 
-/// Shared memory of this warp: vectors of head_size and arrays of 32.
+/// Shared memory of this warp: f32 vectors of head_size, and beside them arrays of 32.
+template <int kVectors = 4, int kLaneNumbers = 2>
 struct WarpMemory {
   float* vector[kVectors];
   float* lanes[kLaneNumbers];
 
+  /// How many f32 these are for each warp.
+  static __host__ __device__ std::int64_t floats(std::int64_t head_size) {
+    return kVectors * head_size + kLaneNumbers * kWarpThreads;
+  }
+
   __device__ explicit WarpMemory(std::int64_t head_size) {
     extern __shared__ float shared_floats[];
-    float* next =
-        shared_floats + threadIdx.y * (kVectors * head_size + kLaneNumbers * kWarpThreads);
+    float* next = shared_floats + threadIdx.y * floats(head_size);
     for (float*& pointer : vector) {
       pointer = next;
       next += head_size;
@@ -89,7 +92,7 @@ __global__ void forward_kernel(AttentionProblem problem, AttentionForward<T> dat
   const std::int64_t head = blockIdx.y, size = problem.head_size;
   const HeadColumns columns(problem, head);
   const T* const rows = data.qkv + part.row * columns.stride;
-  const WarpMemory memory(size);
+  const WarpMemory<> memory(size);
   float *const q = memory.vector[0], *const out = memory.vector[1], *const kept = memory.lanes[0];
   load_vector(rows + query * columns.stride + columns.q, size, q);
   clear_vector(size, out);
@@ -144,7 +147,7 @@ __global__ void query_gradient_kernel(AttentionProblem problem, AttentionBackwar
   const HeadColumns columns(problem, head);
   const T* const rows = data.qkv + part.row * columns.stride;
   const std::int64_t token = part.row + query;
-  const WarpMemory memory(size);
+  const WarpMemory<> memory(size);
   float *const q = memory.vector[0], *const dout = memory.vector[1], *const dq = memory.vector[2];
   float* const dscores = memory.lanes[0];
   load_vector(rows + query * columns.stride + columns.q, size, q);
@@ -184,7 +187,7 @@ __global__ void key_gradient_kernel(AttentionProblem problem, AttentionBackward<
   const HeadColumns columns(problem, head);
   const T* const rows = data.qkv + part.row * columns.stride;
   const T* const douts = data.dout + part.row * problem.hidden_size() + head * size;
-  const WarpMemory memory(size);
+  const WarpMemory<> memory(size);
   float *const k = memory.vector[0], *const v = memory.vector[1];
   float *const dk = memory.vector[2], *const dv = memory.vector[3];
   float *const dscores = memory.lanes[0], *const kept = memory.lanes[1];

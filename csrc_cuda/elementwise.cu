@@ -11,15 +11,16 @@ __global__ void cast_kernel(const From* source, To* destination, std::int64_t nu
     store_eight(destination, i, 0, numel, load_eight(source, i, 0, numel));
 }
 
-/// Value and derivative of an activation function.
+/// Value, first and second derivative of an activation function.
 struct Activated {
-  float value, slope;
+  float value, slope, curvature;
 };
 
 __device__ Activated gelu(float x) {
   const float cdf = normcdff(x);
   const float pdf = 0.39894228f * expf(-0.5f * x * x);
-  return {x * cdf, cdf + x * pdf};
+  const float weighted = x * pdf;  // first, for the square of x may overflow
+  return {x * cdf, cdf + weighted, 2.0f * pdf - x * weighted};
 }
 
 /// 0.5 (1 + tanh(u)) = 1 / (1 + e^(-2 u)), which does not cancel where u is negative.
@@ -31,9 +32,14 @@ __device__ Activated gelu_tanh(float x) {
   const float inverse = 1.0f / (1.0f + e);
   const float gate = twice_u < 0.0f ? e * inverse : inverse;
   // Far outside, the slope of u is infinite where e is zero.
+  if (e == 0.0f) return {x * gate, gate, 0.0f};
+  const float gate_slope = e * inverse * inverse;
   const float twice_u_slope = kScale * (1.0f + 3.0f * 0.044715f * square);
-  const float bend = e == 0.0f ? 0.0f : x * (e * inverse * inverse) * twice_u_slope;
-  return {x * gate, gate + bend};
+  const float twice_u_curvature = kScale * (6.0f * 0.044715f) * x;
+  const float gate_change = gate_slope * twice_u_slope;
+  const float gate_curvature =
+      gate_change * twice_u_slope * (1.0f - 2.0f * gate) + gate_slope * twice_u_curvature;
+  return {x * gate, gate + x * gate_slope * twice_u_slope, 2.0f * gate_change + x * gate_curvature};
 }
 
 __device__ Activated activate(Activation activation, float x) {
@@ -44,12 +50,13 @@ __device__ Activated activate(Activation activation, float x) {
       return gelu_tanh(x);
     case Activation::relu:
       // x is on the side that keeps a NaN.
-      return {x < 0.0f ? 0.0f : x, x > 0.0f ? 1.0f : 0.0f};
+      return {x < 0.0f ? 0.0f : x, x > 0.0f ? 1.0f : 0.0f, 0.0f};
     case Activation::tanh:
       break;
   }
   const float t = tanhf(x);
-  return {t, 1.0f - t * t};
+  const float slope = 1.0f - t * t;
+  return {t, slope, -2.0f * t * slope};
 }
 
 /// y = activation(pre) and dpre = dy * activation'(pre), each where its pointer is not null.
@@ -69,6 +76,25 @@ __global__ void activation_kernel(Activation activation, const T* pre, const T* 
     }
     if (dpre != nullptr) store_eight(dpre, i, 0, numel, gradient);
     if (y != nullptr) store_eight(y, i, 0, numel, value);
+  }
+}
+
+/// dpre_tangent = activation'(pre) dy_tangent + activation''(pre) pre_tangent dy.
+template <typename T>
+__global__ void activation_tangent_kernel(Activation activation, const T* pre, const T* pre_tangent,
+                                          const T* dy, const T* dy_tangent, T* dpre_tangent,
+                                          std::int64_t numel) {
+  for (std::int64_t i = 8 * grid_thread(); i < numel; i += 8 * grid_threads()) {
+    const Eight x = load_eight(pre, i, 0, numel), x_tangent = load_eight(pre_tangent, i, 0, numel);
+    const Eight gradient = load_eight(dy, i, 0, numel);
+    Eight result = load_eight(dy_tangent, i, 0, numel);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const Activated activated = activate(activation, x.value[j]);
+      result.value[j] = result.value[j] * activated.slope +
+                        gradient.value[j] * (activated.curvature * x_tangent.value[j]);
+    }
+    store_eight(dpre_tangent, i, 0, numel, result);
   }
 }
 
@@ -134,6 +160,25 @@ void CudaBackend::activation_backward(Activation activation, const Tensor& pre_a
     using T = typename decltype(tag)::type;
     launch_activation<T>(activation, pre_activation, dy, dpre, y, stream());
   });
+}
+
+void CudaBackend::activation_backward_tangent(Activation activation, const Tensor& pre_activation,
+                                              const Tensor& pre_activation_tangent,
+                                              const Tensor& dy, const Tensor& dy_tangent,
+                                              const Tensor& dpre_tangent) {
+  check_activation_backward_tangent(pre_activation, pre_activation_tangent, dy, dy_tangent,
+                                    dpre_tangent);
+  const std::int64_t numel = pre_activation.numel();
+  if (numel == 0) return;
+  const cudaStream_t stream = this->stream();
+  visit_dtype(pre_activation.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    activation_tangent_kernel<T><<<blocks_for((numel + 7) / 8), kBlockThreads, 0, stream>>>(
+        activation, device_data<const T>(pre_activation),
+        device_data<const T>(pre_activation_tangent), device_data<const T>(dy),
+        device_data<const T>(dy_tangent), device_data<T>(dpre_tangent), numel);
+  });
+  check_launch("activation_backward_tangent");
 }
 
 void CudaBackend::dropout(const Dropout& dropout, const Tensor& row_keys, const Tensor& x,

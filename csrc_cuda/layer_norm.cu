@@ -1,15 +1,12 @@
 // LayerNorm with dropouts and residual: a warp per row, one pass over memory forward.
-#include <algorithm>
-
 #include "core/operation_checks.h"
 #include "csrc_cuda/cuda_backend.h"
 #include "csrc_cuda/element.cuh"
+#include "csrc_cuda/layer_norm_rows.cuh"
 #include "csrc_cuda/reduce.cuh"
 
 namespace bitfall {
 namespace {
-
-constexpr std::int64_t kSharedBytes = 48 * 1024;  ///< what every GPU gives a block unasked
 
 /// Calls `body(first)` for the eight columns first + 16 i of each item of this lane.
 template <typename Body>
@@ -166,23 +163,6 @@ __global__ void backward_kernel(Backward<T> args) {
       args.dbeta[warp * columns + column] = dbeta[column];
     });
   });
-}
-
-/// Warps of a block that fit with `floats` f32 of shared memory each.
-int warps_per_block(const char* operation, std::int64_t floats, std::int64_t hidden_size) {
-  constexpr std::int64_t kMostWarps = 4;
-  const std::int64_t bytes = floats * static_cast<std::int64_t>(sizeof(float));
-  check<UnsupportedError>(bytes <= kSharedBytes, operation, " on cuda: hidden_size ", hidden_size,
-                          " needs ", bytes, " bytes of shared memory, ", kSharedBytes,
-                          " are there: use a smaller model, or the cpu");
-  return static_cast<int>(std::min(kMostWarps, kSharedBytes / bytes));
-}
-
-/// Rows whose parameter gradients one warp adds up: by the number of rows alone, so that sums are
-/// reproducible.
-std::int64_t rows_per_warp(std::int64_t rows) {
-  constexpr std::int64_t kFewest = 4, kMostWarps = 1024;
-  return std::max(kFewest, (rows + kMostWarps - 1) / kMostWarps);
 }
 
 template <typename T>

@@ -22,17 +22,17 @@ struct SoftmaxTerm {
   __device__ bool valid() const { return target >= 0 && target < count; }
 };
 
-/// Row r of logits [R, C] with its label.
+/// Row r of logits [R, C] with its label; tangents have no use for one: labels is null.
 struct ClassTerms {
   const std::int32_t* labels;
   std::int64_t classes, count;
 
   __device__ SoftmaxTerm operator()(std::int64_t row) const {
-    return {row * classes, 1, classes, labels[row]};
+    return {row * classes, 1, classes, labels == nullptr ? 0 : labels[row]};
   }
 };
 
-/// Start (even terms) and end (odd terms) of the span in each sequence.
+/// Start (even terms) and end (odd terms) of the span in each sequence; positions may be null, too.
 struct SpanTerms {
   const std::int32_t *starts, *positions;
   std::int64_t tokens, count;
@@ -40,7 +40,7 @@ struct SpanTerms {
   __device__ SoftmaxTerm operator()(std::int64_t term) const {
     const std::int64_t begin = starts[term / 2], end = starts[term / 2 + 1];
     if (begin < 0 || end > tokens) return {0, 0, 0, 0};
-    return {2 * begin + term % 2, 2, end - begin, positions[term]};
+    return {2 * begin + term % 2, 2, end - begin, positions == nullptr ? 0 : positions[term]};
   }
 };
 
@@ -95,6 +95,30 @@ __global__ void cross_entropy_gradient_kernel(const T* logits, Terms terms, doub
   }
 }
 
+/// dlogits_tangent = scale * (diag(p) - p p^T) logits_tangent of every term, a warp each.
+template <typename T, typename Terms>
+__global__ void cross_entropy_tangent_kernel(const T* logits, const T* logits_tangent, Terms terms,
+                                             double scale, T* dlogits_tangent) {
+  const std::int64_t index = grid_thread() / kWarpThreads;
+  if (index >= terms.count) return;  // the whole warp
+  const SoftmaxTerm term = terms(index);
+  const double denominator = log_denominator(logits, term);
+  const auto for_own_logits = [&](auto&& body) {
+    for (std::int64_t i = threadIdx.x % kWarpThreads; i < term.count; i += kWarpThreads) {
+      const std::int64_t at = term.first + i * term.stride;
+      const double probability = exp(static_cast<double>(widen(logits[at])) - denominator);
+      body(at, probability, static_cast<double>(widen(logits_tangent[at])));
+    }
+  };
+  double mean = 0;
+  for_own_logits(
+      [&](std::int64_t, double probability, double tangent) { mean += probability * tangent; });
+  mean = warp_sum(mean);
+  for_own_logits([&](std::int64_t at, double probability, double tangent) {
+    dlogits_tangent[at] = narrow<T>(static_cast<float>(scale * probability * (tangent - mean)));
+  });
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kLossThreads)
     squared_error_kernel(const T* predictions, const float* labels, std::int64_t rows,
@@ -129,11 +153,16 @@ void launch_forward(const Tensor& logits, const Terms& terms, const Tensor& loss
   check_launch("cross entropy");
 }
 
+/// Blocks that give each term a warp.
+template <typename Terms>
+unsigned blocks_of(const Terms& terms) {
+  return static_cast<unsigned>((terms.count * kWarpThreads + kBlockThreads - 1) / kBlockThreads);
+}
+
 template <typename Terms>
 void launch_backward(const Tensor& logits, const Terms& terms, float scale, const Tensor& dlogits,
                      cudaStream_t stream) {
-  const auto blocks =
-      static_cast<unsigned>((terms.count * kWarpThreads + kBlockThreads - 1) / kBlockThreads);
+  const unsigned blocks = blocks_of(terms);
   visit_dtype(logits.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     cross_entropy_gradient_kernel<T, Terms><<<blocks, kBlockThreads, 0, stream>>>(
@@ -141,6 +170,19 @@ void launch_backward(const Tensor& logits, const Terms& terms, float scale, cons
         device_data<T>(dlogits));
   });
   check_launch("cross entropy gradient");
+}
+
+template <typename Terms>
+void launch_tangent(const Tensor& logits, const Tensor& logits_tangent, const Terms& terms,
+                    float scale, const Tensor& dlogits_tangent, cudaStream_t stream) {
+  const unsigned blocks = blocks_of(terms);
+  visit_dtype(logits.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    cross_entropy_tangent_kernel<T, Terms><<<blocks, kBlockThreads, 0, stream>>>(
+        device_data<const T>(logits), device_data<const T>(logits_tangent), terms,
+        scale / static_cast<double>(terms.count), device_data<T>(dlogits_tangent));
+  });
+  check_launch("cross entropy tangent");
 }
 
 ClassTerms class_terms(const Tensor& logits, const Tensor& labels) {
@@ -166,6 +208,12 @@ void CudaBackend::cross_entropy_backward(const Tensor& logits, const Tensor& lab
   check_cross_entropy("cross_entropy_backward", logits, labels);
   check_tensor("cross_entropy_backward", "dlogits", dlogits, logits.dtype, logits.shape);
   launch_backward(logits, class_terms(logits, labels), scale, dlogits, stream());
+}
+
+void CudaBackend::cross_entropy_backward_tangent(const Tensor& logits, const Tensor& logits_tangent,
+                                                 float scale, const Tensor& dlogits_tangent) {
+  check_cross_entropy_tangent(logits, logits_tangent, dlogits_tangent);
+  launch_tangent(logits, logits_tangent, class_terms(logits, {}), scale, dlogits_tangent, stream());
 }
 
 void CudaBackend::mean_squared_error_forward(const Tensor& predictions, const Tensor& labels,
@@ -212,6 +260,15 @@ void CudaBackend::span_cross_entropy_backward(const Tensor& logits, const Tensor
   check_tensor("span_cross_entropy_backward", "dlogits", dlogits, logits.dtype, logits.shape);
   launch_backward(logits, span_terms(logits, sequence_starts, span_positions), scale, dlogits,
                   stream());
+}
+
+void CudaBackend::span_cross_entropy_backward_tangent(const Tensor& logits,
+                                                      const Tensor& logits_tangent,
+                                                      const Tensor& sequence_starts, float scale,
+                                                      const Tensor& dlogits_tangent) {
+  check_span_tangent(logits, logits_tangent, sequence_starts, dlogits_tangent);
+  launch_tangent(logits, logits_tangent, span_terms(logits, sequence_starts, {}), scale,
+                 dlogits_tangent, stream());
 }
 
 }  // namespace bitfall

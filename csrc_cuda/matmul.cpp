@@ -8,13 +8,13 @@
 namespace bitfall {
 namespace {
 
-MatmulSpec forward_spec(const Tensor& x, const Tensor& weight) {
+MatmulSpec forward_spec(const Tensor& x, const Tensor& weight, Accumulate accumulate) {
   return {.rows = x.shape[0],
           .columns = weight.shape[0],
           .depth = weight.shape[1],
           .left = Stored::as_is,
           .right = Stored::transposed,
-          .accumulate = Accumulate::no,
+          .accumulate = accumulate,
           .dtype = x.dtype,
           .result_dtype = x.dtype};
 }
@@ -22,10 +22,10 @@ MatmulSpec forward_spec(const Tensor& x, const Tensor& weight) {
 }  // namespace
 
 void CudaBackend::linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                 const Tensor& y) {
+                                 const Tensor& y, Accumulate accumulate) {
   check_linear("linear_forward", x, weight, bias, y);
   if (x.shape[0] == 0) return;
-  matmul_->multiply(forward_spec(x, weight),
+  matmul_->multiply(forward_spec(x, weight, accumulate),
                     {device_data<void>(x), device_data<void>(weight), device_data<void>(bias),
                      device_data<void>(y)},
                     scratch(MatmulPlans::kWorkspaceBytes), stream());
@@ -37,7 +37,7 @@ void CudaBackend::linear_activation_forward(const Tensor& x, const Tensor& weigh
   constexpr const char* kName = "linear_activation_forward";
   check_linear(kName, x, weight, bias, pre_activation);
   check_linear(kName, x, weight, bias, y);
-  linear_forward(x, weight, bias, pre_activation);
+  linear_forward(x, weight, bias, pre_activation, Accumulate::no);
   activation_forward(activation, pre_activation, y);
 }
 
