@@ -16,9 +16,6 @@ constexpr double kFirstChangeShare = 0.2;
 constexpr double kSecondChangeShare = 0.02;
 // What remains of H q after orthogonalisation is rounding of f32 below this share of |H q|.
 constexpr double kInvariantShare = 1e-6;
-// One pass of Gram-Schmidt loses orthogonality in proportion to |H q| / |rest|; beyond this ratio a
-// second pass restores it.
-constexpr double kSecondPassShare = 0.1;
 
 std::vector<double> multiply(const Tridiagonal& matrix, const std::vector<double>& x) {
   const std::size_t k = x.size();
@@ -86,19 +83,15 @@ PowerIterationResult power_iteration(const Tridiagonal& matrix, double start_nor
 }
 
 Tensor KrylovPowerIteration::basis(std::size_t index, std::int64_t n) {
+  Buffer& buffer = basis_[index % basis_.size()];
   const std::size_t bytes = static_cast<std::size_t>(n) * sizeof(float);
-  if (index == basis_.size()) basis_.emplace_back();
-  if (basis_[index].bytes() < bytes) basis_[index] = backend_.allocate(bytes);
-  return basis_[index].view(DType::f32, Shape{n});
+  if (buffer.bytes() < bytes) buffer = backend_.allocate(bytes);
+  return buffer.view(DType::f32, Shape{n});
 }
 
-double KrylovPowerIteration::orthogonalise(const Tensor& w, std::size_t last) {
-  double coefficient = 0;
-  for (std::size_t j = 0; j <= last; ++j) {
-    const Tensor q = basis(j, w.numel());
-    coefficient = backend_.dot(q, w);
-    backend_.axpby(static_cast<float>(-coefficient), q, 1.0f, w);
-  }
+double KrylovPowerIteration::orthogonalise(const Tensor& w, const Tensor& q) {
+  const double coefficient = backend_.dot(q, w);
+  backend_.axpby(static_cast<float>(-coefficient), q, 1.0f, w);
   return coefficient;
 }
 
@@ -119,12 +112,9 @@ PowerIterationResult KrylovPowerIteration::run(const Tensor& start,
     if (!std::isfinite(norm)) {
       return {std::numeric_limits<double>::quiet_NaN(), products, false, products};
     }
-    matrix.diagonal.push_back(orthogonalise(w, k));
-    double beta = std::sqrt(backend_.squared_sum(w));
-    if (beta < kSecondPassShare * norm) {
-      matrix.diagonal.back() += orthogonalise(w, k);
-      beta = std::sqrt(backend_.squared_sum(w));
-    }
+    if (k > 0) orthogonalise(w, basis(k - 1, n));
+    matrix.diagonal.push_back(orthogonalise(w, basis(k, n)));
+    const double beta = std::sqrt(backend_.squared_sum(w));
 
     PowerIterationResult result = power_iteration(matrix, start_norm, options_);
     result.products = products;

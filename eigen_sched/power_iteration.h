@@ -12,8 +12,13 @@
 // of T_k have settled, long before plain power iteration has. After each product the whole
 // iteration is therefore replayed on T_k, and products end when the replay stops within the exact
 // part, or when its outcome has settled over successive k.
+//
+// Each vector is orthogonalised against the two before it only. What rounding does to the others
+// gives T_k close copies of eigenvalues it has found already, as if H had them; the moments, and so
+// the replay, do not notice (Greenbaum 1989).
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -52,19 +57,19 @@ class KrylovPowerIteration {
   KrylovPowerIteration(Backend& backend, const PowerIterationOptions& options)
       : backend_(backend), options_(options) {}
 
-  /// Power iteration from `start` [n] f32. Keeps products + 1 vectors of n elements, fully
-  /// orthogonalised, and reuses them in the next run.
+  /// Power iteration from `start` [n] f32. Keeps three vectors of n elements, whatever the number
+  /// of products, and reuses them in the next run.
   PowerIterationResult run(const Tensor& start, const HessianVectorProduct& product);
 
  private:
-  /// basis_[index] as a vector of n elements, allocated at the first use.
+  /// Memory of basis vector `index`: the last three are kept.
   Tensor basis(std::size_t index, std::int64_t n);
-  /// Removes from `w` its components along basis_[0 .. last]; returns the coefficient of `last`.
-  double orthogonalise(const Tensor& w, std::size_t last);
+  /// Removes the component along `q`, of length 1, from `w`; returns its coefficient.
+  double orthogonalise(const Tensor& w, const Tensor& q);
 
   Backend& backend_;
   PowerIterationOptions options_;
-  std::vector<Buffer> basis_;
+  std::array<Buffer, 3> basis_;
 };
 
 }  // namespace bitfall
