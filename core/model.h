@@ -33,8 +33,8 @@ struct Batch {
   }
 };
 
-/// train: dropout on, activations kept. differentiate: dropout off, activations kept (Hessian
-/// products). evaluate: dropout off, nothing kept.
+/// train: dropout on, activations kept. differentiate: dropout off, activations kept. evaluate:
+/// dropout off, nothing kept.
 enum class Mode { train, differentiate, evaluate };
 
 struct ForwardContext {
@@ -46,9 +46,6 @@ struct ForwardContext {
 /// Called during the backward pass when the gradients of a block are complete (kNoBlock: at its
 /// very end, all others).
 using BlockReady = std::function<void(int block)>;
-
-/// How much of the network block_gradient must run again.
-enum class Recompute { everything, from_block };
 
 class Model {
  public:
@@ -77,11 +74,14 @@ class Model {
   virtual void backward_from(const Tensor& d_logits, Accumulate accumulate,
                              const BlockReady& on_block_ready) = 0;
 
-  /// Overwrites the gradients of the parameters of `block` (others are left undefined or untouched)
-  /// with d loss / d weights in Mode::differentiate. With Recompute::from_block the caller promises
-  /// that batch and all weights before `block` are those of the last call with
-  /// Recompute::everything or forward(differentiate).
-  virtual void block_gradient(const Batch& batch, int block, Recompute recompute) = 0;
+  /// Runs `batch` forward and backward in Mode::differentiate and keeps what hessian_product reads,
+  /// until the next bind, forward or prepare_hessian. Needs labels, no gradients.
+  virtual void prepare_hessian(const Batch& batch, float scale) = 0;
+  /// product = H direction, with H the second derivative of scale * loss by the parameters of
+  /// `block`, exact. Both are parallel to those parameters and adjacent where they are; `direction`
+  /// in the compute dtype, `product` f32.
+  virtual void hessian_product(int block, std::span<const Tensor> direction,
+                               std::span<const Tensor> product) = 0;
 };
 
 /// Rewrites the working weights after each optimizer step (quantizer, pruning masks), in

@@ -81,31 +81,37 @@ void Encoder::bind(std::span<const Tensor> weights, std::span<const Tensor> grad
   }
   bind_next(head_->parameters().size(),
             [this](const auto& w, const auto& g) { head_->bind(w, g); });
-  if (dtype != compute_dtype_) inputs_kept_ = 0;
   compute_dtype_ = dtype;
   bound_ = true;
-  backward_possible_ = false;
+  backward_possible_ = hessian_prepared_ = false;
 }
 
 void Encoder::forward(const Batch& batch, const ForwardContext& context) {
-  start(batch, context);
-  embeddings_forward();
-  layers_forward(0);
+  start(batch, context, Purpose::pass);
+  run_forward();
   backward_possible_ = context.mode != Mode::evaluate;
-  if (context.mode == Mode::differentiate) inputs_kept_ = num_layers();
 }
 
-void Encoder::start(const Batch& batch, const ForwardContext& context) {
+void Encoder::run_forward() {
+  embeddings_forward(scratch_.hidden, hidden_[0]);
+  for (std::size_t i = 0; i < layers_.size(); ++i) {
+    layers_[i].forward(pass(), activations_[i], hidden_[i], hidden_[i + 1]);
+  }
+  head_->forward(pass(), hidden_.back(), EncoderLayer::first_free_dropout_site(num_layers()));
+}
+
+void Encoder::start(const Batch& batch, const ForwardContext& context, Purpose purpose) {
   check<ShapeError>(bound_, "the model has no weights yet: call bind first");
   check_batch(batch, config_);
   head_->check_labels(batch);
   context_ = context;
-  backward_possible_ = false;
-  inputs_kept_ = 0;
+  backward_possible_ = hessian_prepared_ = false;
   workspace_.plan([&] {
     device_batch_.plan(workspace_, batch);
     plan_scratch();
-    plan_activations();
+    plan_activations(purpose);
+    hessian_.clear();
+    if (purpose == Purpose::hessian) plan_hessian();
     head_->plan(workspace_, compute_dtype_, device_batch_);
   });
   device_batch_.upload(backend_, batch);
@@ -122,57 +128,52 @@ void Encoder::plan_scratch() {
   scratch_.wide = take(tokens, std::max(intermediate, 3 * hidden));
   scratch_.hidden = take(tokens, hidden);
   scratch_.rows = take(device_batch_.num_sequences, hidden);
-  if (context_.mode == Mode::evaluate) return;
   scratch_.d_hidden = take(tokens, hidden);
   scratch_.d_dense = take(tokens, hidden);
   scratch_.d_gamma = workspace_.take(DType::f32, {hidden});
   scratch_.d_beta = workspace_.take(DType::f32, {hidden});
 }
 
-void Encoder::plan_activations() {
-  const bool keep = context_.mode != Mode::evaluate;
+void Encoder::plan_activations(Purpose purpose) {
   const std::int64_t tokens = device_batch_.num_tokens;
   const std::int64_t hidden = config_.hidden_size;
-  embedding_sum_ = workspace_.take(compute_dtype_, {tokens, hidden});
   embedding_stats_ = workspace_.take(DType::f32, {tokens, 2});
   hidden_.clear();
   activations_.clear();
   for (std::size_t index = 0; index < layers_.size(); ++index) {
     const OutputRows rows = layers_[index].rows();
-    // Without keeping, two inputs alternate and layers of the same kind share the rest.
-    const bool share = !keep && index >= 2;
-    hidden_.push_back(share ? hidden_[index - 2]
-                            : workspace_.take(compute_dtype_, {tokens, hidden}));
-    const bool same_as_last = !keep && index >= 1 && rows == layers_[index - 1].rows();
+    // Two inputs alternate; the backward pass restores them from what is kept.
+    const Tensor& input = index % 2 == 0 ? scratch_.d_dense : scratch_.d_hidden;
+    hidden_.push_back(
+        purpose == Purpose::hessian ? workspace_.take(compute_dtype_, {tokens, hidden}) : input);
+    const bool share =
+        context_.mode == Mode::evaluate && index >= 1 && rows == layers_[index - 1].rows();
     activations_.push_back(
-        same_as_last
-            ? activations_[index - 1]
-            : LayerActivations::plan(workspace_, config_, compute_dtype_, device_batch_, rows));
+        share ? activations_[index - 1]
+              : LayerActivations::plan(workspace_, config_, compute_dtype_, device_batch_, rows));
   }
   const bool all_tokens = head_->rows() == OutputRows::all_tokens;
   hidden_.push_back(
       workspace_.take(compute_dtype_, {all_tokens ? tokens : device_batch_.num_sequences, hidden}));
 }
 
-void Encoder::embeddings_forward() {
-  backend_.embedding_forward(device_batch_.ids, embeddings_.tables, embedding_sum_);
+void Encoder::embeddings_forward(const Tensor& sum, const Tensor& output) {
+  backend_.embedding_forward(device_batch_.ids, embeddings_.tables, sum);
   LayerNormForward norm;
-  norm.x = norm.sum = embedding_sum_;
+  norm.x = norm.sum = sum;
   norm.gamma = embeddings_.gamma;
   norm.beta = embeddings_.beta;
   norm.row_keys = device_batch_.row_keys;
   norm.output_dropout = pass().dropout(config_.hidden_dropout_prob, kEmbeddingDropoutSite);
   norm.epsilon = config_.layer_norm_eps;
   norm.mean_rstd = embedding_stats_;
-  norm.y = hidden_[0];
+  norm.y = output;
   backend_.layer_norm_forward(norm);
 }
 
-void Encoder::layers_forward(int first_layer) {
-  for (std::size_t i = static_cast<std::size_t>(first_layer); i < layers_.size(); ++i) {
-    layers_[i].forward(pass(), activations_[i], hidden_[i], hidden_[i + 1]);
-  }
-  head_->forward(pass(), hidden_.back(), EncoderLayer::first_free_dropout_site(num_layers()));
+void Encoder::restore_input(std::size_t layer, const Tensor& input) {
+  if (layer > 0) return layers_[layer - 1].restore_output(pass(), input);
+  embeddings_forward(scratch_.hidden, input);
 }
 
 void Encoder::check_backward_possible() const {
@@ -199,29 +200,26 @@ void Encoder::backward_from(const Tensor& d_logits, Accumulate accumulate,
     if (on_block_ready) on_block_ready(block);
   };
   constexpr Differentiate kWhat = Differentiate::weights_and_input;
-  head_->backward(pass(), d_logits, kWhat, accumulate, d_output(layers_.back()));
-  for (int layer = num_layers() - 1; layer >= 0; --layer) {
-    layer_backward(layer, kWhat, accumulate);
-    ready(layer);
+  head_->backward(pass(), d_logits, kWhat, accumulate, scratch_gradients(layers_.back()).output);
+  for (int index = num_layers() - 1; index >= 0; --index) {
+    const auto position = static_cast<std::size_t>(index);
+    EncoderLayer& layer = layers_[position];
+    layer.backward(
+        pass(), kWhat, accumulate, scratch_gradients(layer),
+        [this, position](const Tensor& input) { restore_input(position, input); },
+        scratch_.d_hidden);
+    ready(index);
   }
   embeddings_backward(accumulate);
   backward_possible_ = false;
   ready(kNoBlock);
 }
 
-void Encoder::layer_backward(int layer, Differentiate what, Accumulate accumulate) {
-  EncoderLayer& current = layers_[static_cast<std::size_t>(layer)];
-  current.backward(pass(), what, accumulate, d_output(current), scratch_.d_hidden);
-}
-
-const Tensor& Encoder::d_output(const EncoderLayer& layer) const {
-  return layer.rows() == OutputRows::all_tokens ? scratch_.d_hidden : scratch_.rows;
-}
-
 void Encoder::embeddings_backward(Accumulate accumulate) {
   LayerNormBackward norm;
+  backend_.embedding_forward(device_batch_.ids, embeddings_.tables, scratch_.hidden);
   norm.dy = norm.dresidual = scratch_.d_hidden;
-  norm.sum = embedding_sum_;
+  norm.sum = scratch_.hidden;
   norm.mean_rstd = embedding_stats_;
   norm.gamma = embeddings_.gamma;
   norm.row_keys = device_batch_.row_keys;
@@ -237,30 +235,6 @@ void Encoder::embeddings_backward(Accumulate accumulate) {
     }
   }
   backend_.embedding_backward(device_batch_.ids, scratch_.d_hidden, tables);
-}
-
-void Encoder::block_gradient(const Batch& batch, int block, Recompute recompute) {
-  check<ShapeError>(block >= 0 && block < num_layers(), "block ", block,
-                    ": the model has blocks 0..", num_layers() - 1);
-  check<ShapeError>(has_gradients_, "block_gradient needs gradients: none were given to bind");
-  if (recompute == Recompute::everything) {
-    forward(batch, {Mode::differentiate, 0, 0});
-  } else {
-    check<ShapeError>(inputs_kept_ > 0 && batch.num_tokens() == device_batch_.num_tokens &&
-                          batch.num_sequences() == device_batch_.num_sequences,
-                      "Recompute::from_block needs a pass of the same batch with "
-                      "Recompute::everything before it");
-    // Inputs beyond the kept ones belong to weights that an earlier product had moved.
-    layers_forward(std::min(block, inputs_kept_ - 1));
-    inputs_kept_ = block + 1;
-  }
-  backward_possible_ = false;
-  head_->backward(pass(), head_->loss_gradient(pass(), 1.0f), Differentiate::input_only,
-                  Accumulate::no, d_output(layers_.back()));
-  for (int layer = num_layers() - 1; layer > block; --layer) {
-    layer_backward(layer, Differentiate::input_only, Accumulate::no);
-  }
-  layer_backward(block, Differentiate::weights_only, Accumulate::no);
 }
 
 }  // namespace bitfall

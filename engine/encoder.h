@@ -39,9 +39,12 @@ class Encoder final : public Model {
   /// Throws ShapeError as backward() does, and for a d_logits of another shape or dtype.
   void backward_from(const Tensor& d_logits, Accumulate accumulate,
                      const BlockReady& on_block_ready) override;
-  /// Throws ShapeError as forward() and backward() do, for a block that does not exist, and with
-  /// Recompute::from_block if no activations of such a batch are kept.
-  void block_gradient(const Batch& batch, int block, Recompute recompute) override;
+  /// Throws ShapeError as forward() does, and for a batch without labels.
+  void prepare_hessian(const Batch& batch, float scale) override;
+  /// Throws ShapeError unless prepare_hessian() was the last pass, for a block that does not exist,
+  /// and for tensors that do not fit its parameters.
+  void hessian_product(int block, std::span<const Tensor> direction,
+                       std::span<const Tensor> product) override;
 
   const EncoderConfig& config() const { return config_; }
   /// Device memory for activations and scratch of the largest batch so far.
@@ -56,17 +59,25 @@ class Encoder final : public Model {
   Encoder(Backend& backend, const EncoderConfig& config, std::unique_ptr<Head> head);
   int num_layers() const { return static_cast<int>(layers_.size()); }
   EncoderPass pass() const { return {backend_, device_batch_, scratch_, context_}; }
+  enum class Purpose { pass, hessian };
   /// Checks the batch, plans memory for it and copies it to the device.
-  void start(const Batch& batch, const ForwardContext& context);
+  void start(const Batch& batch, const ForwardContext& context, Purpose purpose);
+  void run_forward();
   void plan_scratch();
-  void plan_activations();
+  void plan_activations(Purpose purpose);
+  void plan_hessian();
   void check_backward_possible() const;
-  void embeddings_forward();
+  /// Output of the embeddings [T, H], their sum on the way.
+  void embeddings_forward(const Tensor& sum, const Tensor& output);
   void embeddings_backward(Accumulate accumulate);
-  void layers_forward(int first_layer);
-  void layer_backward(int layer, Differentiate what, Accumulate accumulate);
-  /// Where the gradient of a layer's output lies.
-  const Tensor& d_output(const EncoderLayer& layer) const;
+  /// Writes the input of a layer as the forward pass had it.
+  void restore_input(std::size_t layer, const Tensor& input);
+  /// Memory of the gradients of a layer in training.
+  LayerGradients scratch_gradients(const EncoderLayer& layer) const {
+    return LayerGradients::in(scratch_, config_, layer.rows());
+  }
+  void check_hessian_product(int block, std::span<const Tensor> direction,
+                             std::span<const Tensor> product) const;
 
   Backend& backend_;
   EncoderConfig config_;
@@ -82,11 +93,13 @@ class Encoder final : public Model {
   EncoderBatch device_batch_;
   EncoderScratch scratch_;
   ForwardContext context_;
-  Tensor embedding_sum_, embedding_stats_;     ///< [T, H], [T, 2] f32
+  Tensor embedding_stats_;                     ///< [T, 2] f32
   std::vector<Tensor> hidden_;                 ///< L + 1: input of each layer, then the output
   std::vector<LayerActivations> activations_;  ///< L
+  std::vector<LayerHessian> hessian_;          ///< L, while a Hessian is prepared
+  float hessian_scale_ = 1;
+  bool hessian_prepared_ = false;
   bool backward_possible_ = false;  ///< the last pass was forward() and kept its activations
-  int inputs_kept_ = 0;  ///< inputs of layers 0 .. inputs_kept_ - 1 are those without dropout
 };
 
 }  // namespace bitfall

@@ -24,18 +24,22 @@ struct NormGradients {
   Tensor gamma, beta;
 };
 
-/// dy, the gradient of a LayerNorm's output, becomes the gradient of its residual. Returns the
-/// gradient of its x: in scratch.d_dense or, without dropout, the same memory.
+/// From norm.dy to norm.dresidual. Returns the gradient of the norm's x: in scratch.d_dense or,
+/// without dropout, norm.dresidual itself.
 Tensor norm_backward(const EncoderPass& pass, Differentiate what, Accumulate accumulate,
-                     LayerNormBackward norm, const Tensor& dy, const NormGradients& gradients) {
-  norm.dy = norm.dresidual = dy;
-  if (norm.input_dropout.enabled()) norm.dx = first_part(pass.scratch.d_dense, dy.shape);
-  const bool wanted = what != Differentiate::input_only;
+                     LayerNormBackward norm, const NormGradients& gradients) {
+  if (norm.input_dropout.enabled()) norm.dx = first_part(pass.scratch.d_dense, norm.dy.shape);
+  const bool wanted = what == Differentiate::weights_and_input;
   norm.dgamma = wanted ? gradients.gamma : pass.scratch.d_gamma;
   norm.dbeta = wanted ? gradients.beta : pass.scratch.d_beta;
   norm.accumulate = wanted ? accumulate : Accumulate::no;
   pass.backend.layer_norm_backward(norm);
-  return norm.dx ? norm.dx : dy;
+  return norm.dx ? norm.dx : norm.dresidual;
+}
+
+/// Brings the gradient that flows through a residual to where the other path is added.
+void pass_on(Backend& backend, const Tensor& source, const Tensor& destination) {
+  if (source.data != destination.data) backend.copy(source, destination);
 }
 
 }  // namespace
@@ -59,6 +63,32 @@ LayerActivations LayerActivations::plan(Workspace& workspace, const EncoderConfi
   planned.output_sum = workspace.take(compute_dtype, {kept, hidden});
   planned.output_stats = workspace.take(DType::f32, {kept, 2});
   return planned;
+}
+
+LayerGradients LayerGradients::in(const EncoderScratch& scratch, const EncoderConfig& config,
+                                  OutputRows rows) {
+  const bool all_tokens = rows == OutputRows::all_tokens;
+  LayerGradients shared;
+  shared.output = all_tokens ? scratch.d_hidden : scratch.rows;
+  shared.output_sum = shared.attention_output = shared.attention_sum = shared.output;
+  shared.activated = shared.pre_activation =
+      first_part(scratch.wide, {shared.output.shape[0], config.intermediate_size});
+  shared.context = all_tokens ? scratch.hidden : scratch.d_dense;
+  return shared;
+}
+
+LayerGradients LayerGradients::plan(Workspace& workspace, const EncoderScratch& scratch,
+                                    const EncoderConfig& config, DType compute_dtype,
+                                    const EncoderBatch& batch, OutputRows rows) {
+  LayerGradients own = in(scratch, config, rows);
+  const Shape narrow = own.output.shape, wide = own.activated.shape;
+  own.output = workspace.take(compute_dtype, narrow);
+  own.output_sum = workspace.take(compute_dtype, narrow);
+  own.activated = workspace.take(compute_dtype, wide);
+  own.attention_output = workspace.take(compute_dtype, narrow);
+  own.attention_sum = workspace.take(compute_dtype, narrow);
+  own.context = workspace.take(compute_dtype, {batch.num_tokens, config.hidden_size});
+  return own;
 }
 
 EncoderLayer::EncoderLayer(const EncoderConfig& config, int index, OutputRows rows)
@@ -178,99 +208,121 @@ void EncoderLayer::feed_forward_forward(const EncoderPass& pass, const Tensor& a
   pass.backend.linear_forward(activated, weights_.output_weight, weights_.output_bias,
                               saved_.output_sum, Accumulate::no);
   LayerNormForward norm;
-  norm.x = norm.sum = saved_.output_sum;
   norm.residual = attention_output;
-  norm.gamma = weights_.output_gamma;
-  norm.beta = weights_.output_beta;
   norm.row_keys = pass.row_keys(rows_);
   norm.input_dropout = output_dropout(pass);
+  output_norm(pass, norm, output);
+}
+
+void EncoderLayer::output_norm(const EncoderPass& pass, LayerNormForward norm,
+                               const Tensor& output) const {
+  norm.x = norm.sum = saved_.output_sum;
+  norm.gamma = weights_.output_gamma;
+  norm.beta = weights_.output_beta;
   norm.epsilon = config_.layer_norm_eps;
   norm.mean_rstd = saved_.output_stats;
   norm.y = output;
   pass.backend.layer_norm_forward(norm);
 }
 
-void EncoderLayer::backward(const EncoderPass& pass, Differentiate what, Accumulate accumulate,
-                            const Tensor& d_output, const Tensor& d_input) {
-  feed_forward_backward(pass, what, accumulate, d_output);
-  Tensor d_context = first_part(pass.scratch.hidden, d_output.shape);
-  attention_output_backward(pass, what, accumulate, d_output, d_context);
-  if (rows_ == OutputRows::first_token) {
-    const Tensor d_context_rows = d_context;
-    d_context = pass.scratch.d_dense;
-    pass.backend.scatter_rows(d_context_rows, pass.batch.first_tokens, d_context);
-    pass.backend.scatter_rows(d_output, pass.batch.first_tokens, d_input);
-  }
-  attention_backward(pass, what, accumulate, d_context, d_input);
+void EncoderLayer::restore_output(const EncoderPass& pass, const Tensor& output) const {
+  // output_sum holds dropout and residual already.
+  output_norm(pass, {}, output);
 }
 
-/// d_rows [R, H]: gradient of the layer's output in, of attention_output out.
+void EncoderLayer::backward(const EncoderPass& pass, Differentiate what, Accumulate accumulate,
+                            const LayerGradients& gradients, const RestoreInput& restore_input,
+                            const Tensor& d_input) {
+  feed_forward_backward(pass, what, accumulate, gradients);
+  attention_output_backward(pass, what, accumulate, gradients);
+  if (rows_ == OutputRows::first_token) {
+    pass.backend.scatter_rows(gradients.attention_sum, pass.batch.first_tokens, d_input);
+  } else {
+    pass_on(pass.backend, gradients.attention_sum, d_input);
+  }
+  attention_backward(pass, what, accumulate, gradients.context, restore_input, d_input);
+}
+
+/// From gradients.output to gradients.attention_output.
 void EncoderLayer::feed_forward_backward(const EncoderPass& pass, Differentiate what,
-                                         Accumulate accumulate, const Tensor& d_rows) {
+                                         Accumulate accumulate, const LayerGradients& gradients) {
   Backend& backend = pass.backend;
   LayerNormBackward norm;
+  norm.dy = gradients.output;
+  norm.dresidual = gradients.output_sum;
   norm.sum = saved_.output_sum;
   norm.mean_rstd = saved_.output_stats;
   norm.gamma = weights_.output_gamma;
   norm.row_keys = pass.row_keys(rows_);
   norm.input_dropout = output_dropout(pass);
-  const Tensor d_dense = norm_backward(pass, what, accumulate, norm, d_rows,
+  const Tensor d_dense = norm_backward(pass, what, accumulate, norm,
                                        {gradients_.output_gamma, gradients_.output_beta});
-  const Tensor d_activated = first_part(pass.scratch.wide, saved_.pre_activation.shape);
-  backend.linear_backward_input(d_dense, weights_.output_weight, d_activated, Accumulate::no);
+  backend.linear_backward_input(d_dense, weights_.output_weight, gradients.activated,
+                                Accumulate::no);
 
-  const bool wanted = what != Differentiate::input_only;
+  const bool wanted = what == Differentiate::weights_and_input;
   const Tensor activated = wanted ? saved_.pre_activation : Tensor();
-  backend.activation_backward(config_.hidden_act, saved_.pre_activation, d_activated, d_activated,
-                              activated);
+  backend.activation_backward(config_.hidden_act, saved_.pre_activation, gradients.activated,
+                              gradients.pre_activation, activated);
   if (wanted) {
     backend.linear_backward_weight(d_dense, activated, gradients_.output_weight,
                                    gradients_.output_bias, accumulate);
     // attention_sum holds dropout and residual already.
     const Tensor attention_output = attention_norm(pass, {});
-    backend.linear_backward_weight(d_activated, attention_output, gradients_.intermediate_weight,
-                                   gradients_.intermediate_bias, accumulate);
+    backend.linear_backward_weight(gradients.pre_activation, attention_output,
+                                   gradients_.intermediate_weight, gradients_.intermediate_bias,
+                                   accumulate);
   }
-  backend.linear_backward_input(d_activated, weights_.intermediate_weight, d_rows, Accumulate::yes);
+  pass_on(backend, gradients.output_sum, gradients.attention_output);
+  backend.linear_backward_input(gradients.pre_activation, weights_.intermediate_weight,
+                                gradients.attention_output, Accumulate::yes);
 }
 
-/// d_rows [R, H]: gradient of attention_output in, of the rows of the layer's input through the
-/// residual out. d_context_rows [R, H] out.
+/// From gradients.attention_output to gradients.attention_sum, which is also the gradient of the
+/// rows of the layer's input through the residual, and gradients.context.
 void EncoderLayer::attention_output_backward(const EncoderPass& pass, Differentiate what,
-                                             Accumulate accumulate, const Tensor& d_rows,
-                                             const Tensor& d_context_rows) {
+                                             Accumulate accumulate,
+                                             const LayerGradients& gradients) {
   LayerNormBackward norm;
+  norm.dy = gradients.attention_output;
+  norm.dresidual = gradients.attention_sum;
   norm.sum = saved_.attention_sum;
   norm.mean_rstd = saved_.attention_stats;
   norm.gamma = weights_.attention_gamma;
   norm.row_keys = pass.row_keys(rows_);
   norm.input_dropout = attention_output_dropout(pass);
-  const Tensor d_dense = norm_backward(pass, what, accumulate, norm, d_rows,
+  const Tensor d_dense = norm_backward(pass, what, accumulate, norm,
                                        {gradients_.attention_gamma, gradients_.attention_beta});
+  const bool all_tokens = rows_ == OutputRows::all_tokens;
+  const Tensor d_context_rows =
+      all_tokens ? gradients.context : first_part(pass.scratch.hidden, d_dense.shape);
   pass.backend.linear_backward_input(d_dense, weights_.attention_weight, d_context_rows,
                                      Accumulate::no);
-  if (what != Differentiate::input_only) {
+  if (what == Differentiate::weights_and_input) {
     pass.backend.linear_backward_weight(d_dense, saved_.context_rows, gradients_.attention_weight,
                                         gradients_.attention_bias, accumulate);
+  }
+  if (!all_tokens) {
+    pass.backend.scatter_rows(d_context_rows, pass.batch.first_tokens, gradients.context);
   }
 }
 
 /// Adds the gradient through query, key and value to d_input [T, H].
 void EncoderLayer::attention_backward(const EncoderPass& pass, Differentiate what,
                                       Accumulate accumulate, const Tensor& d_context,
-                                      const Tensor& d_input) {
+                                      const RestoreInput& restore_input, const Tensor& d_input) {
   Backend& backend = pass.backend;
   const Tensor d_qkv = first_part(pass.scratch.wide, saved_.qkv.shape);
   backend.attention_backward(attention_shape(pass), d_context, saved_.qkv, saved_.context,
                              saved_.log_sum_exp, pass.batch.sequence_starts, pass.batch.sample_keys,
                              attention_probs_dropout(pass), d_qkv);
-  if (what != Differentiate::input_only) {
-    backend.linear_backward_weight(d_qkv, input_, gradients_.qkv_weight, gradients_.qkv_bias,
+  if (what == Differentiate::weights_and_input) {
+    const Tensor& input = pass.scratch.d_dense;  // d_context may have been there
+    restore_input(input);
+    backend.linear_backward_weight(d_qkv, input, gradients_.qkv_weight, gradients_.qkv_bias,
                                    accumulate);
   }
-  if (what != Differentiate::weights_only) {
-    backend.linear_backward_input(d_qkv, weights_.qkv_weight, d_input, Accumulate::yes);
-  }
+  backend.linear_backward_input(d_qkv, weights_.qkv_weight, d_input, Accumulate::yes);
 }
 
 }  // namespace bitfall

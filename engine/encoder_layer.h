@@ -6,6 +6,7 @@
 // numbers for a fraction of the work.
 #pragma once
 
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -35,6 +36,35 @@ struct LayerActivations {
                                DType compute_dtype, const EncoderBatch& batch, OutputRows rows);
 };
 
+/// Gradients of what a layer computes on its way, in order of the backward pass, compute dtype. In
+/// training they follow each other in the same memory; a Hessian product reads them all again.
+struct LayerGradients {
+  Tensor output;            ///< [R, H]
+  Tensor output_sum;        ///< [R, H]
+  Tensor activated;         ///< [R, F]
+  Tensor pre_activation;    ///< [R, F]
+  Tensor attention_output;  ///< [R, H]
+  Tensor attention_sum;     ///< [R, H]
+  Tensor context;           ///< [T, H]
+
+  /// Memory that all layers use in turn.
+  static LayerGradients in(const EncoderScratch& scratch, const EncoderConfig& config,
+                           OutputRows rows);
+  /// Memory of its own for all but pre_activation, which one cheap pass restores.
+  static LayerGradients plan(Workspace& workspace, const EncoderScratch& scratch,
+                             const EncoderConfig& config, DType compute_dtype,
+                             const EncoderBatch& batch, OutputRows rows);
+};
+
+/// A layer in a Hessian product: gradients of the backward pass, and the tangents of what the
+/// forward pass keeps (those of the norms' statistics are part of other operations).
+struct LayerHessian {
+  LayerGradients gradients;
+  LayerActivations tangents;
+};
+
+using RestoreInput = std::function<void(const Tensor& input)>;
+
 class EncoderLayer {
  public:
   EncoderLayer(const EncoderConfig& config, int index, OutputRows rows);
@@ -48,15 +78,35 @@ class EncoderLayer {
   /// Tensors parallel to parameters(); `gradients` may be empty if none will be computed. Throws
   /// ShapeError unless query, key and value are adjacent in memory.
   void bind(std::span<const Tensor> weights, std::span<const Tensor> gradients);
-  /// input [T, H] -> output [R, H]; `activations` and `input` are read again by backward().
+  /// input [T, H] -> output [R, H]; `activations` are read again by backward(), and with `input`
+  /// by forward_tangent() and backward_tangent().
   void forward(const EncoderPass& pass, const LayerActivations& activations, const Tensor& input,
                const Tensor& output);
   /// Gradients of the layer's weights and of its input, as far as `what` says.
   ///
-  /// Once per forward(): what that kept is overwritten, and so is d_output [R, H]. d_input [T, H]
-  /// out; the memory of d_output when R = T.
+  /// gradients.output in. With weights_and_input once per forward(): what that kept is overwritten.
+  /// d_input [T, H] out; may be the memory of gradients.attention_sum when R = T. The layer's input
+  /// is not kept: restore_input, which may use scratch.hidden, writes it again to where it is told;
+  /// only the weights' gradients need it.
   void backward(const EncoderPass& pass, Differentiate what, Accumulate accumulate,
-                const Tensor& d_output, const Tensor& d_input);
+                const LayerGradients& gradients, const RestoreInput& restore_input,
+                const Tensor& d_input);
+  /// The layer's output [R, H] again, after forward() and before backward().
+  void restore_output(const EncoderPass& pass, const Tensor& output) const;
+
+  /// Tangent of the layer's output [R, H], and `hessian.tangents`, after forward() and backward()
+  /// with input_only. Along `direction`, tensors parallel to parameters(), with the input held; or,
+  /// if that is empty, along input_tangent [T, H] with the weights held.
+  void forward_tangent(const EncoderPass& pass, const LayerHessian& hessian,
+                       std::span<const Tensor> direction, const Tensor& input_tangent,
+                       const Tensor& output_tangent);
+  /// From the tangent of the output's gradient [R, H], which is overwritten, after
+  /// forward_tangent(): `product`, the tangents of the gradients of parameters(), if `direction`
+  /// is given again; otherwise d_input_tangent [T, H], which may be the memory of d_output_tangent
+  /// when R = T.
+  void backward_tangent(const EncoderPass& pass, const LayerHessian& hessian,
+                        std::span<const Tensor> direction, std::span<const Tensor> product,
+                        const Tensor& d_output_tangent, const Tensor& d_input_tangent);
 
  private:
   /// Weights (compute dtype) or gradients (f32). Query, key and value act as one matrix.
@@ -78,16 +128,46 @@ class EncoderLayer {
   Dropout output_dropout(const EncoderPass& pass) const;
 
   Tensor attention_forward(const EncoderPass& pass);
+  /// The second LayerNorm, from norm.x, or over output_sum as it is.
+  void output_norm(const EncoderPass& pass, LayerNormForward norm, const Tensor& output) const;
   /// The first LayerNorm over attention_sum as it is: writes attention_output [R, H] (scratch).
   Tensor attention_norm(const EncoderPass& pass, LayerNormForward norm) const;
   void feed_forward_forward(const EncoderPass& pass, const Tensor& attention_output,
                             const Tensor& output);
   void feed_forward_backward(const EncoderPass& pass, Differentiate what, Accumulate accumulate,
-                             const Tensor& d_rows);
+                             const LayerGradients& gradients);
   void attention_output_backward(const EncoderPass& pass, Differentiate what, Accumulate accumulate,
-                                 const Tensor& d_rows, const Tensor& d_context_rows);
+                                 const LayerGradients& gradients);
   void attention_backward(const EncoderPass& pass, Differentiate what, Accumulate accumulate,
-                          const Tensor& d_context, const Tensor& d_input);
+                          const Tensor& d_context, const RestoreInput& restore_input,
+                          const Tensor& d_input);
+
+  /// Tangents of the weights and of their gradients: empty for a layer whose weights are held.
+  struct Direction {
+    Tensors weights, product;
+    bool given() const { return static_cast<bool>(weights.qkv_weight); }
+  };
+  void attention_forward_tangent(const EncoderPass& pass, const LayerActivations& tangents,
+                                 const Direction& direction, const Tensor& input_tangent);
+  void feed_forward_forward_tangent(const EncoderPass& pass, const LayerActivations& tangents,
+                                    const Direction& direction, const Tensor& output_tangent);
+  void feed_forward_backward_tangent(const EncoderPass& pass, const LayerHessian& hessian,
+                                     const Direction& direction, const Tensor& d_rows);
+  void output_weight_tangent(const EncoderPass& pass, const LayerHessian& hessian,
+                             const Direction& direction, const Tensor& d_output_sum_tangent);
+  void intermediate_weight_tangent(const EncoderPass& pass, const LayerHessian& hessian,
+                                   const Direction& direction,
+                                   const Tensor& d_pre_activation_tangent, const Tensor& d_rows);
+  void attention_output_backward_tangent(const EncoderPass& pass, const LayerHessian& hessian,
+                                         const Direction& direction, const Tensor& d_rows,
+                                         const Tensor& d_context_rows);
+  void attention_backward_tangent(const EncoderPass& pass, const LayerHessian& hessian,
+                                  const Direction& direction, const Tensor& d_context_tangent,
+                                  const Tensor& d_input_tangent);
+  AttentionTangents attention_tangents(const LayerActivations& tangents) const;
+  /// Tangent of attention_output [R, H] from that of attention_sum.
+  void attention_norm_tangent(const EncoderPass& pass, const LayerActivations& tangents,
+                              const Direction& direction, const Tensor& y_tangent) const;
 
   EncoderConfig config_;
   int index_;

@@ -12,18 +12,19 @@ namespace bitfall {
 /// Which rows of the encoder's output the head reads.
 enum class OutputRows { first_token, all_tokens };
 
-/// Which gradients a backward pass computes: Hessian products need those of one block alone.
-enum class Differentiate { weights_and_input, input_only, weights_only };
+/// Which gradients a backward pass computes.
+enum class Differentiate { weights_and_input, input_only };
 
 /// Memory that every layer uses in turn. Compute dtype unless noted; parts of it are viewed under
 /// smaller shapes.
 struct EncoderScratch {
-  Tensor wide;             ///< [T, max(F, 3H)], both passes
-  Tensor hidden;           ///< [T, H], both passes; those below the backward pass alone
-  Tensor d_hidden;         ///< [T, H] gradient that travels down the layers
-  Tensor d_dense;          ///< [T, H]
-  Tensor rows;             ///< [B, H], both passes, with OutputRows::first_token
+  Tensor wide;             ///< [T, max(F, 3H)]
+  Tensor hidden;           ///< [T, H]
+  Tensor d_hidden;         ///< [T, H] gradient that travels down the layers; forward: an input
+  Tensor d_dense;          ///< [T, H]; forward: the input of every other layer
+  Tensor rows;             ///< [B, H], with OutputRows::first_token
   Tensor d_gamma, d_beta;  ///< [H] f32, for norms whose weight gradients are not wanted
+  Tensor wide_tangent;     ///< [T, max(F, 3H)], Hessian products alone
 };
 
 struct EncoderPass {

@@ -44,15 +44,22 @@ class PooledHead final : public Head {
     pooled_ = workspace.take(compute_dtype, {rows, hidden_size_});
     logits_ = workspace.take(compute_dtype, {rows, head_.num_labels});
     d_logits_ = workspace.take(compute_dtype, {rows, head_.num_labels});
+    logits_tangent_ = workspace.take(compute_dtype, {rows, head_.num_labels});
+    d_logits_tangent_ = workspace.take(compute_dtype, {rows, head_.num_labels});
+    if (is_regression()) no_labels_ = workspace.take(DType::f32, {rows});
     loss_ = labels(batch) ? workspace.take(DType::f32, {1}) : Tensor();
   }
 
   void forward(const EncoderPass& pass, const Tensor& hidden, int dropout_site) override;
   void backward(const EncoderPass& pass, const Tensor& d_logits, Differentiate what,
                 Accumulate accumulate, const Tensor& d_hidden) override;
+  void tangent(const EncoderPass& pass, float scale, const Tensor& hidden_tangent,
+               const Tensor& d_hidden_tangent) override;
 
  private:
   void loss_backward(const EncoderPass& pass, float scale) override;
+  /// d_logits_tangent_ from logits_tangent_.
+  void loss_tangent(const EncoderPass& pass, float scale);
   struct Tensors {
     Tensor pooler_weight, pooler_bias;          ///< [H, H], [H]
     Tensor classifier_weight, classifier_bias;  ///< [C, H], [C]
@@ -72,6 +79,7 @@ class PooledHead final : public Head {
   Tensors weights_, gradients_;
   Dropout dropout_;
   Tensor hidden_, pre_activation_, pooled_;
+  Tensor no_labels_;  ///< [R] f32, regression: zeros
 };
 
 void PooledHead::check_labels(const Batch& batch) const {
@@ -138,6 +146,37 @@ void PooledHead::backward(const EncoderPass& pass, const Tensor& d_logits, Diffe
                                  gradients_.pooler_bias, accumulate);
 }
 
+void PooledHead::tangent(const EncoderPass& pass, float scale, const Tensor& hidden_tangent,
+                         const Tensor& d_hidden_tangent) {
+  Backend& backend = pass.backend;
+  const Tensor z_tangent = first_part(pass.scratch.hidden, pooled_.shape);
+  const Tensor pooled_tangent = first_part(pass.scratch.d_dense, pooled_.shape);
+  backend.linear_forward(hidden_tangent, weights_.pooler_weight, {}, z_tangent, Accumulate::no);
+  backend.activation_backward(Activation::tanh, pre_activation_, z_tangent, pooled_tangent, {});
+  backend.linear_forward(pooled_tangent, weights_.classifier_weight, {}, logits_tangent_,
+                         Accumulate::no);
+  loss_tangent(pass, scale);
+  const Tensor d_pooled = first_part(pass.scratch.wide, pooled_.shape);
+  const Tensor& d_pooled_tangent = pooled_tangent;
+  backend.linear_backward_input(d_logits_, weights_.classifier_weight, d_pooled, Accumulate::no);
+  backend.linear_backward_input(d_logits_tangent_, weights_.classifier_weight, d_pooled_tangent,
+                                Accumulate::no);
+  backend.activation_backward_tangent(Activation::tanh, pre_activation_, z_tangent, d_pooled,
+                                      d_pooled_tangent, d_pooled_tangent);
+  backend.linear_backward_input(d_pooled_tangent, weights_.pooler_weight, d_hidden_tangent,
+                                Accumulate::no);
+}
+
+void PooledHead::loss_tangent(const EncoderPass& pass, float scale) {
+  if (is_regression()) {
+    // The gradient of a squared error is linear in the predictions, the labels its constant.
+    pass.backend.fill_zero(no_labels_);
+    pass.backend.mean_squared_error_backward(logits_tangent_, no_labels_, scale, d_logits_tangent_);
+  } else {
+    pass.backend.cross_entropy_backward_tangent(logits_, logits_tangent_, scale, d_logits_tangent_);
+  }
+}
+
 /// BertForQuestionAnswering: one linear layer gives each token a start and an end score.
 class SpanHead final : public Head {
  public:
@@ -161,6 +200,8 @@ class SpanHead final : public Head {
   void plan(Workspace& workspace, DType compute_dtype, const EncoderBatch& batch) override {
     logits_ = workspace.take(compute_dtype, {batch.num_tokens, 2});
     d_logits_ = workspace.take(compute_dtype, {batch.num_tokens, 2});
+    logits_tangent_ = workspace.take(compute_dtype, {batch.num_tokens, 2});
+    d_logits_tangent_ = workspace.take(compute_dtype, {batch.num_tokens, 2});
     loss_ = batch.span_positions ? workspace.take(DType::f32, {1}) : Tensor();
   }
 
@@ -178,6 +219,15 @@ class SpanHead final : public Head {
     pass.backend.linear_backward_input(d_logits, weight_, d_hidden, Accumulate::no);
     if (what == Differentiate::input_only) return;
     pass.backend.linear_backward_weight(d_logits, hidden_, d_weight_, d_bias_, accumulate);
+  }
+
+  void tangent(const EncoderPass& pass, float scale, const Tensor& hidden_tangent,
+               const Tensor& d_hidden_tangent) override {
+    pass.backend.linear_forward(hidden_tangent, weight_, {}, logits_tangent_, Accumulate::no);
+    pass.backend.span_cross_entropy_backward_tangent(
+        logits_, logits_tangent_, pass.batch.sequence_starts, scale, d_logits_tangent_);
+    pass.backend.linear_backward_input(d_logits_tangent_, weight_, d_hidden_tangent,
+                                       Accumulate::no);
   }
 
  private:
@@ -230,6 +280,11 @@ class AbsentHead final : public Head {
   void backward(const EncoderPass& pass, const Tensor& d_logits, Differentiate /*what*/,
                 Accumulate /*accumulate*/, const Tensor& d_hidden) override {
     pass.backend.copy(d_logits, d_hidden);
+  }
+
+  void tangent(const EncoderPass& /*pass*/, float /*scale*/, const Tensor& /*hidden_tangent*/,
+               const Tensor& /*d_hidden_tangent*/) override {
+    throw ShapeError("a model without a head has no loss, so no Hessian");
   }
 
  private:

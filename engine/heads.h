@@ -52,6 +52,11 @@ class Head {
   virtual void backward(const EncoderPass& pass, const Tensor& d_logits, Differentiate what,
                         Accumulate accumulate, const Tensor& d_hidden) = 0;
 
+  /// Tangent of d_hidden along hidden_tangent, [R, H] both, after loss_gradient() and backward() of
+  /// the same pass in Mode::differentiate. d_hidden_tangent may be the memory of hidden_tangent.
+  virtual void tangent(const EncoderPass& pass, float scale, const Tensor& hidden_tangent,
+                       const Tensor& d_hidden_tangent) = 0;
+
   const Tensor& logits() const { return logits_; }  ///< [B, C], [T, 2] (spans) or [R, H] (none)
   const Tensor& loss() const { return loss_; }      ///< f32 [1], or empty without labels
 
@@ -60,6 +65,7 @@ class Head {
   virtual void loss_backward(const EncoderPass& pass, float scale) = 0;
 
   Tensor logits_, d_logits_, loss_;
+  Tensor logits_tangent_, d_logits_tangent_;
 };
 
 /// Throws ConfigError for a number of labels that the type cannot have.

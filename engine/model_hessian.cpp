@@ -7,17 +7,8 @@
 namespace bitfall {
 namespace {
 
-Tensor allocate_flat(Backend& backend, std::int64_t numel, Buffer& buffer) {
-  buffer = backend.allocate(static_cast<std::size_t>(numel) * sizeof(float));
-  return buffer.view(DType::f32, Shape{numel});
-}
-
-std::int64_t longest_block(const ParameterStore& store) {
-  std::int64_t numel = 1;
-  for (int block = 0; block < store.num_blocks(); ++block) {
-    numel = std::max(numel, store.block_range(block).numel);
-  }
-  return numel;
+Buffer allocate_floats(Backend& backend, std::int64_t numel) {
+  return backend.allocate(static_cast<std::size_t>(numel) * sizeof(float));
 }
 
 }  // namespace
@@ -29,68 +20,71 @@ ModelHessian::ModelHessian(Backend& backend, Communicator& communicator, Model& 
       model_(model),
       store_(store),
       micro_batches_(micro_batches),
-      difference_(backend),
       weights_(f32_weights()),
-      gradient_(allocate_flat(backend, store.numel(), gradient_buffer_)),
-      sum_(allocate_flat(backend, longest_block(store), sum_buffer_)),
       sample_weight_(sample_weight(communicator)),
-      binding_(model, store, std::move(bound_gradients), weights_, gradient_) {
-  if (micro_batches_.size() == 1) model_.forward(micro_batches_[0], {Mode::differentiate, 0, 0});
+      binding_(model, store, std::move(bound_gradients), weights_) {
+  // What the model keeps belongs to one micro-batch: of several, each is prepared again for each
+  // product.
+  if (micro_batches_.size() == 1) prepare(0);
 }
 
-ModelHessian::ScratchBinding::ScratchBinding(Model& model, const ParameterStore& store,
-                                             std::vector<Tensor> bound_gradients,
-                                             const Tensor& weights, const Tensor& gradients)
+ModelHessian::Binding::Binding(Model& model, const ParameterStore& store,
+                               std::vector<Tensor> bound_gradients, const Tensor& weights)
     : model_(model), store_(store), bound_gradients_(std::move(bound_gradients)) {
-  model_.bind(store_.views(weights), store_.views(gradients));
+  model_.bind(store_.views(weights), {});
 }
 
-ModelHessian::ScratchBinding::~ScratchBinding() {
-  model_.bind(store_.views(store_.working()), bound_gradients_);
-}
-
-void ModelHessian::begin_block(int block) {
-  if (micro_batches_.empty()) return;
-  const FlatRange range = store_.block_range(block);
-  difference_.begin_block(weights_.flat_slice(range.begin, range.numel),
-                          [this, block] { return gradient(block); });
-}
-
-void ModelHessian::multiply(const Tensor& v, const Tensor& product) {
-  micro_batches_.empty() ? backend_.fill_zero(product) : difference_(v, product);
-}
+ModelHessian::Binding::~Binding() { model_.bind(store_.views(store_.working()), bound_gradients_); }
 
 Tensor ModelHessian::f32_weights() {
   if (store_.compute_dtype() == DType::f32) return store_.working();
-  const Tensor weights = allocate_flat(backend_, store_.numel(), weights_buffer_);
+  weights_buffer_ = allocate_floats(backend_, store_.numel());
+  const Tensor weights = weights_buffer_.view(DType::f32, Shape{store_.numel()});
   backend_.cast(store_.working(), weights);
   return weights;
 }
 
-Tensor ModelHessian::gradient(int block) {
-  const FlatRange range = store_.block_range(block);
-  const Tensor gradient = gradient_.flat_slice(range.begin, range.numel);
-  // Kept activations belong to one micro-batch, so several are recomputed in full. For a single one
-  // the inputs of the blocks below stay those of the forward pass, as blocks come from the last
-  // down.
-  const bool single = micro_batches_.size() == 1;
-  const Tensor sum = sum_.flat_slice(0, range.numel);
-  for (std::size_t i = 0; i < micro_batches_.size(); ++i) {
-    model_.block_gradient(micro_batches_[i], block,
-                          single ? Recompute::from_block : Recompute::everything);
-    const double share = sample_weight_ * static_cast<double>(micro_batches_[i].num_sequences());
-    if (single && share == 1.0) return gradient;
-    backend_.axpby(static_cast<float>(share), gradient, i == 0 ? 0.0f : 1.0f, sum);
+void ModelHessian::prepare(std::size_t micro_batch) {
+  const Batch& batch = micro_batches_[micro_batch];
+  const double share = sample_weight_ * static_cast<double>(batch.num_sequences());
+  model_.prepare_hessian(batch, static_cast<float>(share));
+}
+
+std::vector<Tensor> ModelHessian::views(const Tensor& vector) const {
+  const std::int64_t begin = store_.block_range(block_).begin;
+  std::vector<Tensor> views;
+  for (const Parameter& parameter : store_.parameters()) {
+    if (parameter.block != block_) continue;
+    views.push_back(
+        vector.flat_slice(parameter.offset - begin, parameter.numel).reshaped(parameter.shape));
   }
-  return sum;
+  return views;
+}
+
+void ModelHessian::multiply(const Tensor& v, const Tensor& product) {
+  // Gaps between parameters stay zero.
+  backend_.fill_zero(product);
+  const std::vector<Tensor> direction = views(v), result = views(product);
+  if (micro_batches_.size() == 1) return model_.hessian_product(block_, direction, result);
+
+  const auto bytes = static_cast<std::size_t>(product.numel()) * sizeof(float);
+  if (part_buffer_.bytes() < bytes) part_buffer_ = allocate_floats(backend_, product.numel());
+  const Tensor part = part_buffer_.view(DType::f32, product.shape);
+  backend_.fill_zero(part);
+  for (std::size_t i = 0; i < micro_batches_.size(); ++i) {
+    prepare(i);
+    model_.hessian_product(block_, direction, views(part));
+    backend_.axpby(1.0f, part, 1.0f, product);
+  }
 }
 
 double ModelHessian::sample_weight(Communicator& communicator) {
   float samples = 0;
   for (const Batch& batch : micro_batches_) samples += static_cast<float>(batch.num_sequences());
   if (communicator.world_size() > 1) {
+    const Buffer buffer = allocate_floats(backend_, 1);
     const Tensor host{&samples, DType::f32, Shape{1}, Device::cpu};
-    const Tensor sum = sum_.flat_slice(0, 1);
+    const Tensor sum = buffer.view(DType::f32, Shape{1});
     backend_.copy(host, sum);
     communicator.all_reduce(sum, ReduceOp::sum);
     backend_.copy(sum, host);

@@ -1,4 +1,4 @@
-// ModelHessian: Hessian products of a Model by differences of its gradients.
+// ModelHessian: Hessian products of a Model, as a HessianSource.
 #pragma once
 
 #include <span>
@@ -7,7 +7,6 @@
 #include "core/communicator.h"
 #include "core/model.h"
 #include "core/parameter_store.h"
-#include "eigen_sched/hessian_vector.h"
 #include "engine/eigenvalue_boundary.h"
 
 namespace bitfall {
@@ -18,24 +17,23 @@ class ModelHessian final : public HessianSource {
   /// none. Throws ShapeError if no rank has one. All arguments must outlive the object; the model
   /// is bound to `store`'s working weights and `bound_gradients`.
   ///
-  /// Nothing of the training changes: weights keep their bits, gradients lie in memory of their
-  /// own, and the model is bound as before when the object goes.
+  /// Nothing of the training changes: the model is bound as before when the object goes.
   ModelHessian(Backend& backend, Communicator& communicator, Model& model,
                const ParameterStore& store, std::vector<Tensor> bound_gradients,
                std::span<const Batch> micro_batches);
 
-  void begin_block(int block) override;
+  void begin_block(int block) override { block_ = block; }
   void multiply(const Tensor& v, const Tensor& product) override;
 
  private:
-  /// Binds the model to scratch memory, and back to what it had when it goes out of scope.
-  class ScratchBinding {
+  /// Binds the model to f32 weights, and back to what it had when it goes out of scope.
+  class Binding {
    public:
-    ScratchBinding(Model& model, const ParameterStore& store, std::vector<Tensor> bound_gradients,
-                   const Tensor& weights, const Tensor& gradients);
-    ScratchBinding(const ScratchBinding&) = delete;
-    ScratchBinding& operator=(const ScratchBinding&) = delete;
-    ~ScratchBinding();
+    Binding(Model& model, const ParameterStore& store, std::vector<Tensor> bound_gradients,
+            const Tensor& weights);
+    Binding(const Binding&) = delete;
+    Binding& operator=(const Binding&) = delete;
+    ~Binding();
 
    private:
     Model& model_;
@@ -45,8 +43,9 @@ class ModelHessian final : public HessianSource {
 
   /// store.working() itself if it is f32, otherwise a copy in f32.
   Tensor f32_weights();
-  /// This rank's share of the gradient with respect to the parameters of `block`.
-  Tensor gradient(int block);
+  /// Parameters of the current block as views of `vector`, a vector over that block.
+  std::vector<Tensor> views(const Tensor& vector) const;
+  void prepare(std::size_t micro_batch);
   /// What each sample weighs in a sum over which ranks then take the mean.
   double sample_weight(Communicator& communicator);
 
@@ -54,11 +53,11 @@ class ModelHessian final : public HessianSource {
   Model& model_;
   const ParameterStore& store_;
   std::span<const Batch> micro_batches_;
-  DifferenceHessian difference_;
-  Buffer weights_buffer_, gradient_buffer_, sum_buffer_;
-  Tensor weights_, gradient_, sum_;
+  int block_ = 0;
+  Buffer weights_buffer_, part_buffer_;
+  Tensor weights_;
   double sample_weight_;
-  ScratchBinding binding_;
+  Binding binding_;
 };
 
 }  // namespace bitfall

@@ -73,43 +73,6 @@ TEST_P(EncoderGoldens, GradientsAccumulateScaleAndAreReproducible) {
   }
 }
 
-TEST_P(EncoderGoldens, BlockGradientsAreThoseOfTheFullBackwardPass) {
-  GoldenCase golden(GetParam(), DType::f32);
-  const std::vector<float> full = golden.gradients(kDifferentiate);
-  const auto expect_block = [&](int block, const std::vector<float>& expected) {
-    const FlatRange range = golden.store.block_range(block);
-    const std::vector<float> seen = to_floats(golden.store.gradient());
-    for (std::int64_t i = range.begin; i < range.begin + range.numel; ++i) {
-      const auto index = static_cast<std::size_t>(i);
-      ASSERT_NEAR(seen[index], expected[index], 1e-6f) << "block " << block << " element " << i;
-    }
-  };
-  const int blocks = golden.store.num_blocks();
-  for (int block = 0; block < blocks; ++block) {
-    golden.backend.fill_zero(golden.store.gradient());
-    golden.model.block_gradient(golden.batch, block, Recompute::everything);
-    expect_block(block, full);
-  }
-  // Moved weights of one block, products with the others before and after it.
-  for (int moved = 0; moved < blocks; ++moved) {
-    const FlatRange range = golden.store.block_range(moved);
-    const Tensor weights = golden.store.working().flat_slice(range.begin, range.numel);
-    golden.backend.axpby(0.0f, weights, 1.01f, weights);
-    const std::vector<float> moved_full = golden.gradients(kDifferentiate);
-    golden.backend.copy(golden.store.master().flat_slice(range.begin, range.numel), weights);
-
-    golden.model.block_gradient(golden.batch, moved, Recompute::everything);
-    golden.backend.axpby(0.0f, weights, 1.01f, weights);
-    golden.model.block_gradient(golden.batch, moved, Recompute::from_block);
-    expect_block(moved, moved_full);
-    golden.backend.copy(golden.store.master().flat_slice(range.begin, range.numel), weights);
-    for (int block = blocks - 1; block >= 0; --block) {
-      golden.model.block_gradient(golden.batch, block, Recompute::from_block);
-      expect_block(block, full);
-    }
-  }
-}
-
 TEST_P(EncoderGoldens, ASampleDoesNotSeeItsNeighbours) {
   GoldenCase golden(GetParam(), DType::f32);
   golden.model.forward(golden.batch, kTrain);
@@ -231,12 +194,6 @@ TEST(Encoder, CallsOutOfOrderAreRefused) {
   EXPECT_THAT(shape_error(backward), HasSubstr("forward pass"));
   golden.gradients(kTrain);
   EXPECT_THAT(shape_error(backward), HasSubstr("forward pass"));
-  EXPECT_THAT(
-      shape_error([&] { golden.model.block_gradient(golden.batch, 1, Recompute::from_block); }),
-      HasSubstr("Recompute::everything"));
-  EXPECT_THAT(
-      shape_error([&] { golden.model.block_gradient(golden.batch, 2, Recompute::everything); }),
-      HasSubstr("block 2"));
   golden.batch.class_labels.clear();
   golden.model.forward(golden.batch, kTrain);
   EXPECT_THAT(shape_error(backward), HasSubstr("no labels"));

@@ -1,0 +1,82 @@
+// Exact Hessian products of the encoder: tangents of a forward and a backward pass, from the block
+// whose weights move up to the loss and back down to it. Blocks below have no tangents.
+#include <algorithm>
+
+#include "core/error.h"
+#include "engine/encoder.h"
+
+namespace bitfall {
+namespace {
+
+void check_parallel(const char* what, std::span<const Tensor> tensors,
+                    const std::vector<ParameterSpec>& specs, DType dtype) {
+  check<ShapeError>(tensors.size() == specs.size(), "hessian_product: ", what, " has ",
+                    tensors.size(), " tensors, expected the ", specs.size(),
+                    " parameters of its block");
+  for (std::size_t i = 0; i < specs.size(); ++i) {
+    check<ShapeError>(tensors[i].dtype == dtype && tensors[i].shape == specs[i].shape,
+                      "hessian_product: ", what, " of ", specs[i].name, " is ",
+                      name(tensors[i].dtype), " ", tensors[i].shape.to_string(), ", expected ",
+                      name(dtype), " ", specs[i].shape.to_string());
+  }
+}
+
+}  // namespace
+
+void Encoder::prepare_hessian(const Batch& batch, float scale) {
+  start(batch, {Mode::differentiate, 0, 0}, Purpose::hessian);
+  run_forward();
+  hessian_scale_ = scale;
+  constexpr Differentiate kWhat = Differentiate::input_only;
+  head_->backward(pass(), head_->loss_gradient(pass(), scale), kWhat, Accumulate::no,
+                  hessian_.back().gradients.output);
+  for (std::size_t i = layers_.size(); i-- > 0;) {
+    const Tensor& d_input = i > 0 ? hessian_[i - 1].gradients.output : scratch_.d_hidden;
+    layers_[i].backward(pass(), kWhat, Accumulate::no, hessian_[i].gradients, {}, d_input);
+  }
+  hessian_prepared_ = true;
+}
+
+void Encoder::plan_hessian() {
+  const std::int64_t wide = std::max(config_.intermediate_size, 3 * config_.hidden_size);
+  scratch_.wide_tangent = workspace_.take(compute_dtype_, {device_batch_.num_tokens, wide});
+  for (const EncoderLayer& layer : layers_) {
+    hessian_.push_back(
+        {LayerGradients::plan(workspace_, scratch_, config_, compute_dtype_, device_batch_,
+                              layer.rows()),
+         LayerActivations::plan(workspace_, config_, compute_dtype_, device_batch_, layer.rows())});
+  }
+}
+
+void Encoder::check_hessian_product(int block, std::span<const Tensor> direction,
+                                    std::span<const Tensor> product) const {
+  check<ShapeError>(hessian_prepared_, "hessian_product needs prepare_hessian right before it");
+  check<ShapeError>(block >= 0 && block < num_layers(), "block ", block,
+                    ": the model has blocks 0..", num_layers() - 1);
+  const std::vector<ParameterSpec> specs = layers_[static_cast<std::size_t>(block)].parameters();
+  check_parallel("direction", direction, specs, compute_dtype_);
+  check_parallel("product", product, specs, DType::f32);
+}
+
+void Encoder::hessian_product(int block, std::span<const Tensor> direction,
+                              std::span<const Tensor> product) {
+  check_hessian_product(block, direction, product);
+  const auto first = static_cast<std::size_t>(block);
+  const auto rows_of = [this](const EncoderLayer& layer) {
+    return layer.rows() == OutputRows::all_tokens ? scratch_.d_hidden : scratch_.rows;
+  };
+  const std::span<const Tensor> held;
+  for (std::size_t i = first; i < layers_.size(); ++i) {
+    layers_[i].forward_tangent(pass(), hessian_[i], i == first ? direction : held,
+                               scratch_.d_hidden, rows_of(layers_[i]));
+  }
+  const Tensor d_output = rows_of(layers_.back());
+  head_->tangent(pass(), hessian_scale_, d_output, d_output);
+  for (std::size_t i = layers_.size(); i-- > first;) {
+    const bool moves = i == first;
+    layers_[i].backward_tangent(pass(), hessian_[i], moves ? direction : held,
+                                moves ? product : held, rows_of(layers_[i]), scratch_.d_hidden);
+  }
+}
+
+}  // namespace bitfall
