@@ -16,7 +16,8 @@ namespace {
 constexpr int kFormatVersion = 1;
 
 /// Flattened keys ("/optimizer/params/lr") below these prefixes may differ between runs: they
-/// print, or they say by what the same is computed and into which pieces it is cut.
+/// print, they say by what the same is computed and into which pieces it is cut, or how long the
+/// run is, which a resumed one may change.
 constexpr std::string_view kMayDiffer[] = {
     "/steps_per_print",
     "/wall_clock_breakdown",
@@ -28,6 +29,8 @@ constexpr std::string_view kMayDiffer[] = {
     "/train_micro_batch_size_per_gpu",
     "/gradient_accumulation_steps",
     "/zero_optimization",
+    "/scheduler/params/num_training_steps",
+    "/scheduler/params/total_num_steps",
 };
 
 bool may_differ(std::string_view key) {

@@ -141,7 +141,7 @@ class FineTuning:
         )
         trainer.state = state
         try:
-            self._announce(recorder, plan)
+            self._announce(recorder, plan, state.total_steps)
             return self._train(trainer, recorder)
         finally:
             recorder.close()
@@ -227,7 +227,7 @@ class FineTuning:
             self.config, self.progress, log, TensorBoard(directories, state.global_step + 1)
         )
 
-    def _announce(self, recorder: Recorder, plan: BatchPlan) -> None:
+    def _announce(self, recorder: Recorder, plan: BatchPlan, planned_steps: int) -> None:
         """The plan of bits on the screen, and the start event unless the run is resumed."""
         layers = self.engine.num_layers
         states = show_plan(
@@ -235,6 +235,11 @@ class FineTuning:
         )
         if self.checkpoint is not None:
             recorder.progress.message(f"going on from {self.checkpoint}")
+            if planned_steps != self.total_steps:
+                recorder.progress.message(
+                    f"that run was to have {planned_steps} steps, this one {self.total_steps}: the"
+                    " learning rate goes on along the new schedule"
+                )
             return
         model = {
             "path": self.arguments.model_name_or_path,

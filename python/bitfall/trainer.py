@@ -35,8 +35,10 @@ class LoopState:
 
     global_step counts global batches, steps skipped for overflow included. interval_* cover the
     steps since the last entry of log_history. Losses that are not finite are left out of means.
+    total_steps: how many the run was to have when the checkpoint was written.
     """
 
+    total_steps: int = 0
     global_step: int = 0
     epoch: int = 0
     step_in_epoch: int = 0
@@ -216,6 +218,7 @@ class Trainer:
     def _save(self) -> None:
         """Writes checkpoint-<step>, then removes the oldest beyond --save_total_limit."""
         self.state.log_offset = self._recorder.log_offset
+        self.state.total_steps = self._intervals.total_steps
         client_state = {
             "loop": dataclasses.asdict(self.state),
             "run": self._run_identity,

@@ -162,6 +162,18 @@ def interrupt(command: list[str], out: Path, number: signal.Signals) -> tuple[in
     return process.returncode, output
 
 
+def test_a_resumed_run_may_be_longer(run, tmp_path: Path, capsys):
+    out = tmp_path / "out"
+    assert run("--max_steps", 4, "--save_steps", 4) == 0
+    assert run("--max_steps", 6, "--resume_from_checkpoint", "true") == 0
+    assert "was to have 4 steps, this one 6" in capsys.readouterr().out
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert (state["global_step"], state["max_steps"]) == (6, 6)
+    rates = [event["learning_rate"] for event in events(out, "step")]
+    assert len(rates) == 6
+    assert rates[4] > rates[3]  # of the new schedule
+
+
 def test_interrupt_writes_a_checkpoint_and_resumes(
     tiny_model_dir: Path, sentiment_files, tmp_path: Path
 ):
