@@ -130,6 +130,21 @@ struct DecayRange {
   float weight_decay = 0;
 };
 
+/// A range of the flat buffers that is quantized in one way: a parameter, or a part of one.
+struct FakeQuantizeRange {
+  std::int64_t begin = 0, numel = 0;  ///< elements
+  QuantSpec spec = {};                ///< groups: equal slices of the range
+  StochasticKey key = {};             ///< read for stochastic rounding only
+  float mix = 0;                      ///< share of the unquantized weight
+
+  bool operator==(const FakeQuantizeRange&) const = default;
+};
+
+/// What the host must know of a backward pass before it can update.
+struct LossAndSquaredNorm {
+  double loss = 0, squared_norm = 0;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -264,6 +279,8 @@ class Backend {
   // ---------------------------------------
   /// Sum of squares, accumulated in f64; NaN or infinity if any element is not finite.
   virtual double squared_sum(const Tensor& x) = 0;
+  /// `loss` [1] f32 and squared_sum(gradient), for which the host waits once.
+  virtual LossAndSquaredNorm loss_and_squared_norm(const Tensor& loss, const Tensor& gradient) = 0;
   /// Inner product, accumulated in f64.
   virtual double dot(const Tensor& x, const Tensor& y) = 0;
   /// y = alpha * x + beta * y. With beta = 0, y is not read.
@@ -272,10 +289,11 @@ class Backend {
   virtual void adam_update(const AdamStep& step, std::span<const DecayRange> ranges,
                            const Tensor& gradient, const Tensor& master, const Tensor& exp_avg,
                            const Tensor& exp_avg_sq) = 0;
-  /// working (compute dtype) = mix * master + (1 - mix) * quantize(master), spec A5. master f32,
-  /// same size; numel must be a multiple of spec.groups. bits >= 16 is a plain cast.
-  virtual void fake_quantize(const QuantSpec& spec, const StochasticKey& key, float mix,
-                             const Tensor& master, const Tensor& working) = 0;
+  /// working (compute dtype) = mix * master + (1 - mix) * quantize(master), spec A5, range by
+  /// range; bits >= 16 is a plain cast. master f32, working of the same size and perhaps its
+  /// memory. The ranges are disjoint.
+  virtual void fake_quantize(std::span<const FakeQuantizeRange> ranges, const Tensor& master,
+                             const Tensor& working) = 0;
 };
 
 }  // namespace bitfall

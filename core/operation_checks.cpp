@@ -12,10 +12,11 @@ void check_row_keys(const char* operation, const Tensor& row_keys, std::int64_t 
     check_tensor(operation, "row_keys", row_keys, DType::s32, Shape{rows, 2});
 }
 
-void check_range(const DecayRange& range, std::int64_t numel) {
+template <typename Range>
+void check_range(const char* operation, const Range& range, std::int64_t numel) {
   check<ShapeError>(range.begin >= 0 && range.numel >= 0 && range.begin <= numel &&
                         range.numel <= numel - range.begin,
-                    "adam_update: range of ", range.numel, " elements at ", range.begin,
+                    operation, ": range of ", range.numel, " elements at ", range.begin,
                     " is outside of ", numel, " elements");
 }
 
@@ -297,14 +298,21 @@ void check_adam(std::span<const DecayRange> ranges, const Tensor& gradient, cons
   check_vector(kName, "gradient", gradient, numel);
   check_vector(kName, "exp_avg", exp_avg, numel);
   check_vector(kName, "exp_avg_sq", exp_avg_sq, numel);
-  for (const DecayRange& range : ranges) check_range(range, numel);
+  for (const DecayRange& range : ranges) check_range(kName, range, numel);
 }
 
-void check_fake_quantize(const QuantSpec& spec, const Tensor& master, const Tensor& working) {
-  check_dtype("fake_quantize", "master", master, DType::f32);
-  check_floating("fake_quantize", "working", working);
-  check_shape("fake_quantize: working", working, master.shape);
-  check_quant_spec(spec, master.numel());
+void check_fake_quantize(std::span<const FakeQuantizeRange> ranges, const Tensor& master,
+                         const Tensor& working) {
+  constexpr const char* kName = "fake_quantize";
+  const std::int64_t numel = master.numel();
+  check_vector(kName, "master", master, numel);
+  check_floating(kName, "working", working);
+  check<ShapeError>(working.numel() == numel, kName, ": working has ", working.numel(),
+                    " elements, master ", numel);
+  for (const FakeQuantizeRange& range : ranges) {
+    check_range(kName, range, numel);
+    check_quant_spec(range.spec, range.numel);
+  }
 }
 
 }  // namespace bitfall

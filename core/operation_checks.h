@@ -49,6 +49,7 @@ void check_span_tangent(const Tensor& logits, const Tensor& logits_tangent,
                         const Tensor& sequence_starts, const Tensor& dlogits_tangent);
 void check_adam(std::span<const DecayRange> ranges, const Tensor& gradient, const Tensor& master,
                 const Tensor& exp_avg, const Tensor& exp_avg_sq);
-void check_fake_quantize(const QuantSpec& spec, const Tensor& master, const Tensor& working);
+void check_fake_quantize(std::span<const FakeQuantizeRange> ranges, const Tensor& master,
+                         const Tensor& working);
 
 }  // namespace bitfall

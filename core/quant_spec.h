@@ -13,6 +13,8 @@ struct QuantSpec {
   std::int64_t groups = 1;  ///< equal slices of the flattened tensor, each with its own scale
   QuantType q_type = QuantType::symmetric;
   Rounding rounding = Rounding::nearest;
+
+  bool operator==(const QuantSpec&) const = default;
 };
 
 /// Throws ConfigError for bits outside 1..32, fewer than one group, or ternary and binary weights
@@ -26,6 +28,8 @@ struct StochasticKey {
   std::uint64_t step = 0;
   std::uint32_t parameter = 0;     ///< index of the parameter in the store
   std::int64_t first_element = 0;  ///< of the tensor in its parameter, where it is a part of one
+
+  bool operator==(const StochasticKey&) const = default;
 };
 
 }  // namespace bitfall

@@ -16,6 +16,11 @@ constexpr std::int64_t kChunk = 16384;
 
 double CpuBackend::squared_sum(const Tensor& x) { return dot(x, x); }
 
+LossAndSquaredNorm CpuBackend::loss_and_squared_norm(const Tensor& loss, const Tensor& gradient) {
+  check_vector("loss_and_squared_norm", "loss", loss, 1);
+  return {*loss.as<float>(), squared_sum(gradient)};
+}
+
 double CpuBackend::dot(const Tensor& x, const Tensor& y) {
   check_vector("dot", "x", x, x.numel());
   check_vector("dot", "y", y, x.numel());

@@ -105,14 +105,15 @@ class CpuBackend final : public Backend {
 
   // adam.cpp
   double squared_sum(const Tensor& x) override;
+  LossAndSquaredNorm loss_and_squared_norm(const Tensor& loss, const Tensor& gradient) override;
   double dot(const Tensor& x, const Tensor& y) override;
   void axpby(float alpha, const Tensor& x, float beta, const Tensor& y) override;
   void adam_update(const AdamStep& step, std::span<const DecayRange> ranges, const Tensor& gradient,
                    const Tensor& master, const Tensor& exp_avg, const Tensor& exp_avg_sq) override;
 
   // fake_quantize.cpp
-  void fake_quantize(const QuantSpec& spec, const StochasticKey& key, float mix,
-                     const Tensor& master, const Tensor& working) override;
+  void fake_quantize(std::span<const FakeQuantizeRange> ranges, const Tensor& master,
+                     const Tensor& working) override;
 
  private:
   using AfterRows = std::function<void(std::int64_t begin, std::int64_t end)>;

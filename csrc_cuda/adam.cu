@@ -8,6 +8,7 @@
 #include "core/operation_checks.h"
 #include "csrc_cuda/cuda_backend.h"
 #include "csrc_cuda/element.cuh"
+#include "csrc_cuda/ranges.cuh"
 #include "csrc_cuda/reduce.cuh"
 
 namespace bitfall {
@@ -74,20 +75,6 @@ struct AdamPointers {
   float *master, *exp_avg, *exp_avg_sq;
 };
 
-/// The last entry whose first block is not behind `block`.
-__device__ inline const RangeList::Entry& entry_of(const RangeList& ranges, std::int64_t block) {
-  int low = 0, high = ranges.count - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (ranges.entry[middle].first_block <= block) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return ranges.entry[low];
-}
-
 struct AdamElement {
   float master, exp_avg, exp_avg_sq;
 };
@@ -107,7 +94,8 @@ __device__ inline AdamElement updated(const AdamStep& step, float weight_decay, 
 }
 
 __global__ void adam_kernel(AdamStep step, RangeList ranges, AdamPointers data) {
-  const RangeList::Entry& range = entry_of(ranges, blockIdx.x);
+  const RangeList::Entry& range =
+      entry_of<&RangeList::Entry::first_block>(ranges.entry, ranges.count, blockIdx.x);
   // Blocks begin at multiples of eight elements of the buffer, where 16-byte accesses are possible.
   const std::int64_t aligned = range.begin / 8 * 8;
   const std::int64_t first =
@@ -149,7 +137,20 @@ RangeList take_ranges(std::span<const DecayRange>& rest, std::int64_t& blocks) {
 
 double CudaBackend::squared_sum(const Tensor& x) { return dot(x, x); }
 
-double CudaBackend::dot(const Tensor& x, const Tensor& y) {
+LossAndSquaredNorm CudaBackend::loss_and_squared_norm(const Tensor& loss, const Tensor& gradient) {
+  check_vector("loss_and_squared_norm", "loss", loss, 1);
+  const double* const squared_norm = enqueue_dot(gradient, gradient);
+  const cudaStream_t stream = this->stream();
+  cuda_check(cudaMemcpyAsync(&host_numbers_->loss, device_data<const float>(loss), sizeof(float),
+                             cudaMemcpyDeviceToHost, stream),
+             "cudaMemcpyAsync");
+  const double norm = read(squared_norm);
+  return {host_numbers_->loss, norm};
+}
+
+double CudaBackend::dot(const Tensor& x, const Tensor& y) { return read(enqueue_dot(x, y)); }
+
+const double* CudaBackend::enqueue_dot(const Tensor& x, const Tensor& y) {
   check_vector("dot", "x", x, x.numel());
   check_vector("dot", "y", y, x.numel());
   const std::int64_t numel = x.numel();
@@ -164,12 +165,16 @@ double CudaBackend::dot(const Tensor& x, const Tensor& y) {
   add_parts_kernel<<<1, kBlockThreads, 0, stream>>>(sums, static_cast<int>(parts),
                                                     sums + kMostParts);
   check_launch("dot");
-  double total = 0;
-  cuda_check(
-      cudaMemcpyAsync(&total, sums + kMostParts, sizeof(total), cudaMemcpyDeviceToHost, stream),
-      "cudaMemcpyAsync");
+  return sums + kMostParts;
+}
+
+double CudaBackend::read(const double* number) {
+  const cudaStream_t stream = this->stream();
+  cuda_check(cudaMemcpyAsync(&host_numbers_->number, number, sizeof(double), cudaMemcpyDeviceToHost,
+                             stream),
+             "cudaMemcpyAsync");
   cuda_check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
-  return total;
+  return host_numbers_->number;
 }
 
 void CudaBackend::axpby(float alpha, const Tensor& x, float beta, const Tensor& y) {

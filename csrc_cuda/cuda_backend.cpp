@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "csrc_cuda/matmul_plans.h"
+#include "csrc_cuda/quantize_table.h"
 
 namespace bitfall {
 namespace {
@@ -35,7 +36,9 @@ cudaMemcpyKind copy_kind(Device source, Device destination) {
 CudaBackend::CudaBackend(int device_index)
     : device_index_(device_index),
       stream_(make_stream(device_index)),
-      matmul_(std::make_unique<MatmulPlans>()) {}
+      host_numbers_(allocate_pinned<HostNumbers>(sizeof(HostNumbers))),
+      matmul_(std::make_unique<MatmulPlans>()),
+      quantize_table_(std::make_unique<QuantizeTable>()) {}
 
 CudaBackend::~CudaBackend() = default;
 

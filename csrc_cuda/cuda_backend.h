@@ -13,6 +13,7 @@
 namespace bitfall {
 
 class MatmulPlans;
+class QuantizeTable;
 
 class CudaBackend final : public Backend {
  public:
@@ -104,14 +105,15 @@ class CudaBackend final : public Backend {
 
   // adam.cu
   double squared_sum(const Tensor& x) override;
+  LossAndSquaredNorm loss_and_squared_norm(const Tensor& loss, const Tensor& gradient) override;
   double dot(const Tensor& x, const Tensor& y) override;
   void axpby(float alpha, const Tensor& x, float beta, const Tensor& y) override;
   void adam_update(const AdamStep& step, std::span<const DecayRange> ranges, const Tensor& gradient,
                    const Tensor& master, const Tensor& exp_avg, const Tensor& exp_avg_sq) override;
 
   // fake_quantize.cu
-  void fake_quantize(const QuantSpec& spec, const StochasticKey& key, float mix,
-                     const Tensor& master, const Tensor& working) override;
+  void fake_quantize(std::span<const FakeQuantizeRange> ranges, const Tensor& master,
+                     const Tensor& working) override;
 
   /// The stream of every operation, with its GPU made the calling thread's current one.
   cudaStream_t stream() const;
@@ -122,6 +124,10 @@ class CudaBackend final : public Backend {
  private:
   /// Memory of at least `bytes` that the next operation may overwrite; grows and is kept.
   void* scratch(std::size_t bytes);
+  /// Inner product in scratch memory. adam.cu
+  const double* enqueue_dot(const Tensor& x, const Tensor& y);
+  /// A number on the GPU, for which the host waits. adam.cu
+  double read(const double* number);
   /// y = activation(pre_activation). elementwise.cu
   void activation_forward(Activation activation, const Tensor& pre_activation, const Tensor& y);
   /// sums [columns] f32 (+)= column sums of x [rows, columns]; not to be called with x in scratch
@@ -130,9 +136,16 @@ class CudaBackend final : public Backend {
   /// f32 elements of `work` that column_sums of a matrix of these sizes needs.
   static std::int64_t column_sums_work(std::int64_t rows, std::int64_t columns);
 
+  struct HostNumbers {
+    double number;
+    float loss;
+  };
+
   int device_index_;
   CudaStream stream_;
+  PinnedMemory<HostNumbers> host_numbers_;  ///< where the GPU writes what the host waits for
   std::unique_ptr<MatmulPlans> matmul_;
+  std::unique_ptr<QuantizeTable> quantize_table_;
   Buffer scratch_;
   std::unique_ptr<Communicator> communicator_;
 };

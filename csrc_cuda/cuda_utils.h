@@ -43,6 +43,18 @@ using OwnedHandle = std::unique_ptr<std::remove_pointer_t<Handle>, HandleDeleter
 using CudaStream = OwnedHandle<cudaStream_t, cudaStreamDestroy>;
 using CudaEvent = OwnedHandle<cudaEvent_t, cudaEventDestroy>;
 
+/// Host memory that the GPU reads and writes without a detour, so that copies need not wait.
+template <typename T>
+using PinnedMemory = std::unique_ptr<T, HandleDeleter<cudaFreeHost>>;
+
+/// Pinned memory for `bytes`. Throws BackendError.
+template <typename T>
+PinnedMemory<T> allocate_pinned(std::size_t bytes) {
+  void* memory = nullptr;
+  cuda_check(cudaMallocHost(&memory, bytes), "cudaMallocHost");
+  return PinnedMemory<T>(static_cast<T*>(memory));
+}
+
 /// Typed address of a tensor on the GPU; null if the tensor is empty. Throws BackendError for one
 /// in host memory, which a kernel must never see.
 template <typename T>

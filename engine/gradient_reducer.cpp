@@ -160,9 +160,12 @@ std::vector<double> GradientReducer::squared_norms() const {
   return is_sliced() ? sum_over_ranks(communicator_, std::move(norms)) : norms;
 }
 
-double GradientReducer::squared_norm() const {
-  const double mine = backend_.squared_sum(store_.gradient());
-  return is_sliced() ? sum_over_ranks(communicator_, {mine}).front() : mine;
+LossAndSquaredNorm GradientReducer::loss_and_squared_norm(const Tensor& loss) const {
+  LossAndSquaredNorm result = backend_.loss_and_squared_norm(loss, store_.gradient());
+  if (is_sliced()) {
+    result.squared_norm = sum_over_ranks(communicator_, {result.squared_norm}).front();
+  }
+  return result;
 }
 
 }  // namespace bitfall

@@ -40,10 +40,10 @@ class GradientReducer {
   /// Waits until store.gradient() holds the means.
   void finish();
 
-  /// Sum of squares of the whole mean gradient, the same on every rank; not finite if any element
-  /// is not. After finish().
-  double squared_norm() const;
-  /// The same of each parameter.
+  /// What `loss` [1] f32 holds, and the sum of squares of the whole mean gradient, the same on
+  /// every rank; not finite if any element is not. After finish().
+  LossAndSquaredNorm loss_and_squared_norm(const Tensor& loss) const;
+  /// The sum of squares of each parameter.
   std::vector<double> squared_norms() const;
   /// Memory beyond store.gradient().
   std::size_t bucket_bytes() const { return bucket_buffer_.bytes(); }

@@ -9,12 +9,6 @@
 namespace bitfall {
 namespace {
 
-double to_host(Backend& backend, const Tensor& scalar) {
-  float value = 0;
-  backend.copy(scalar, Tensor{&value, DType::f32, scalar.shape, Device::cpu});
-  return value;
-}
-
 int width(DType dtype) { return dtype == DType::f32 ? 32 : 16; }
 
 }  // namespace
@@ -81,12 +75,14 @@ StepResult Updater::step(const Tensor& loss, const MakeHessian& make_hessian,
     communicator_.all_reduce_async(loss, ReduceOp::mean);
     reducer_.finish();
   });
+  const LossAndSquaredNorm known =
+      timer_.measure("update", [&] { return reducer_.loss_and_squared_norm(loss); });
   StepResult result;
-  result.loss = to_host(backend_, loss);
+  result.loss = known.loss;
   result.loss_scale = loss_scaler_.scale();
+  result.grad_norm = std::sqrt(known.squared_norm) / result.loss_scale;
   if (lr_schedule_) optimizer_->set_learning_rate(lr_schedule_->rate(state_.global_step));
   if (optimizer_) result.learning_rate = optimizer_->groups().front().learning_rate;
-  result.grad_norm = timer_.measure("update", [&] { return gradient_norm(); });
   ++state_.boundaries;
   if (!std::isfinite(result.grad_norm)) return skip_step(std::move(result));
 
@@ -99,10 +95,6 @@ StepResult Updater::step(const Tensor& loss, const MakeHessian& make_hessian,
   result.step = state_.global_step;
   result.bits = bits_per_state();
   return result;
-}
-
-double Updater::gradient_norm() {
-  return std::sqrt(reducer_.squared_norm()) / loss_scaler_.scale();
 }
 
 StepResult Updater::skip_step(StepResult result) {

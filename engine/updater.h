@@ -152,11 +152,11 @@ class Updater {
   /// For the phases that the caller runs: "forward" and "backward".
   PhaseTimer& timer() { return timer_; }
   /// Seconds since the last call by phase: forward, backward, all_reduce (of what the backward pass
-  /// did not hide, and with ZeRO the exchange of weights), update, quantize, eigenvalues.
+  /// did not hide, and with ZeRO the exchange of weights), update, quantize, eigenvalues. A GPU
+  /// works through what is enqueued: update waits for the gradients, the others do not.
   std::map<std::string, double> timings();
 
  private:
-  double gradient_norm();
   StepResult skip_step(StepResult result);
   std::vector<double> compute_eigenvalues(const MakeHessian& make_hessian, StepResult& result);
   void update(const StepResult& result, const UpdateMasters& update_masters);

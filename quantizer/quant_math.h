@@ -156,6 +156,28 @@ inline constexpr float kNoThreshold = -1.0f;
 /// a GPU can share the work and get one result.
 inline constexpr std::int64_t kQuantSumChunk = 16384;
 
+/// How a range falls into groups, and those into chunks of at most kQuantSumChunk elements. Counted
+/// from the beginning of the range.
+struct QuantChunks {
+  std::int64_t group_numel = 0, chunks_per_group = 0, count = 0;
+
+  struct Chunk {
+    std::int64_t group, begin, end;
+  };
+
+  BITFALL_INLINE QuantChunks(std::int64_t numel, std::int64_t groups)
+      : group_numel(numel / groups),
+        chunks_per_group((group_numel + kQuantSumChunk - 1) / kQuantSumChunk),
+        count(groups * chunks_per_group) {}
+
+  BITFALL_INLINE Chunk operator[](std::int64_t chunk) const {
+    const std::int64_t group = chunk / chunks_per_group;
+    const std::int64_t begin = group * group_numel + chunk % chunks_per_group * kQuantSumChunk;
+    const std::int64_t group_end = (group + 1) * group_numel;
+    return {group, begin, begin + kQuantSumChunk < group_end ? begin + kQuantSumChunk : group_end};
+  }
+};
+
 /// Magnitudes above `threshold` of one chunk, n <= kQuantSumChunk: f64 lane i of 256 adds elements
 /// i, i + 256, ... in rising order; then the lanes are folded in halves (lane i += lane i + half).
 BITFALL_INLINE MagnitudeSum magnitude_sum(const float* x, std::int64_t n, float threshold) {

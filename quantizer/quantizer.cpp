@@ -204,31 +204,26 @@ StochasticKey Quantizer::key(std::size_t parameter, std::int64_t step) const {
   return {seed_, static_cast<std::uint64_t>(step), static_cast<std::uint32_t>(parameter)};
 }
 
-std::vector<Quantizer::Part> Quantizer::parts(const ParameterStore& store,
-                                              std::int64_t step) const {
-  std::vector<Part> result;
+std::vector<FakeQuantizeRange> Quantizer::ranges(const ParameterStore& store,
+                                                 std::int64_t step) const {
+  std::vector<FakeQuantizeRange> result;
   for (std::size_t index = 0; index < states_.size(); ++index) {
     const Parameter& parameter = store.parameters()[index];
-    Part part{index, intersection(parameter.range(), store.owned()), spec(index), key(index, step)};
-    if (part.range.numel == 0) continue;
-    part.key.first_element = part.range.begin - parameter.offset;
-    part.spec.groups = selects(index) ? part.range.numel / (parameter.numel / part.spec.groups) : 1;
-    result.push_back(part);
+    const FlatRange mine = intersection(parameter.range(), store.owned());
+    if (mine.numel == 0) continue;
+    FakeQuantizeRange range{mine.begin - store.owned().begin, mine.numel, spec(index)};
+    // Without it, ranges stay the same from step to step, which spares a GPU their upload.
+    if (config_.rounding == Rounding::stochastic) range.key = key(index, step);
+    range.key.first_element = mine.begin - parameter.offset;
+    range.spec.groups = selects(index) ? mine.numel / (parameter.numel / range.spec.groups) : 1;
+    if (selects(index)) range.mix = static_cast<float>(schedule_.mix(*states_[index]));
+    result.push_back(range);
   }
   return result;
 }
 
 void Quantizer::publish(Backend& backend, ParameterStore& store, std::int64_t step) {
-  if (!schedule_.quantizing()) return backend.cast(store.master(), store.working(store.owned()));
-  for (const Part& part : parts(store, step)) {
-    const Tensor master = store.master(part.range), working = store.working(part.range);
-    if (!selects(part.parameter)) {
-      backend.cast(master, working);
-      continue;
-    }
-    const auto mix = static_cast<float>(schedule_.mix(*states_[part.parameter]));
-    backend.fake_quantize(part.spec, part.key, mix, master, working);
-  }
+  backend.fake_quantize(ranges(store, step), store.master(), store.working(store.owned()));
 }
 
 void Quantizer::quantize_into(Backend& backend, const ParameterStore& store, std::int64_t step,
@@ -236,12 +231,10 @@ void Quantizer::quantize_into(Backend& backend, const ParameterStore& store, std
   check<UnsupportedError>(flat_f32.dtype == DType::f32, "quantize_into: the buffer is ",
                           name(flat_f32.dtype), ", expected f32");
   check_shape("flat parameter buffer", flat_f32, Shape{store.numel()});
-  backend.copy(store.master(), flat_f32.flat_slice(store.owned().begin, store.owned().numel));
-  for (const Part& part : parts(store, step)) {
-    if (part.spec.bits >= kCastBits) continue;
-    backend.fake_quantize(part.spec, part.key, 0.0f, store.master(part.range),
-                          flat_f32.flat_slice(part.range.begin, part.range.numel));
-  }
+  std::vector<FakeQuantizeRange> unmixed = ranges(store, step);
+  for (FakeQuantizeRange& range : unmixed) range.mix = 0;
+  backend.fake_quantize(unmixed, store.master(),
+                        flat_f32.flat_slice(store.owned().begin, store.owned().numel));
 }
 
 }  // namespace bitfall

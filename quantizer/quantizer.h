@@ -62,14 +62,8 @@ class Quantizer final : public WeightTransform {
   StochasticKey key(std::size_t parameter, std::int64_t step) const;
 
  private:
-  /// The part of a parameter that lies in the store's slice, and how to quantize that.
-  struct Part {
-    std::size_t parameter = 0;
-    FlatRange range;
-    QuantSpec spec;
-    StochasticKey key;
-  };
-  std::vector<Part> parts(const ParameterStore& store, std::int64_t step) const;
+  /// What lies of each parameter in the store's slice, from whose beginning ranges count.
+  std::vector<FakeQuantizeRange> ranges(const ParameterStore& store, std::int64_t step) const;
 
   QuantizeConfig config_;
   const BitSchedule& schedule_;

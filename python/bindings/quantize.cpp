@@ -35,9 +35,10 @@ py::array_t<float> fake_quantize_array(const py::array& array, int bits, std::in
   const Tensor master = flat_tensor(array);
   py::array_t<float> result(std::vector<py::ssize_t>(array.shape(), array.shape() + array.ndim()));
   const Tensor working{result.mutable_data(), DType::f32, master.shape, Device::cpu};
-  const QuantSpec spec = make_spec(bits, groups, q_type, rounding);
+  const FakeQuantizeRange all{
+      0, master.numel(), make_spec(bits, groups, q_type, rounding), {.seed = seed}};
   const py::gil_scoped_release release;
-  make_backend("cpu")->fake_quantize(spec, {.seed = seed}, 0.0f, master, working);
+  make_backend("cpu")->fake_quantize({&all, 1}, master, working);
   return result;
 }
 

@@ -59,6 +59,8 @@ class GradientReducerTest : public testing::Test {
   CpuBackend backend{CpuIsa::generic};
   LateCommunicator communicator;
   ParameterStore store{backend, kSpecs, DType::bf16, ParameterStore::WorkingCopy::separate};
+  float loss_value = 0.75f;
+  const Tensor loss{&loss_value, DType::f32, Shape{1}, Device::cpu};
 
   void keep_slice() {
     store.keep_slice(backend, Partition(store.numel(), 2, {}), 0,
@@ -129,7 +131,9 @@ TEST_F(GradientReducerTest, SlicesGetTheMeansOfEveryPass) {
     backward(reducer, 1, Accumulate::yes);
     reducer.finish();
     expect_means(store.owned());
-    EXPECT_EQ(reducer.squared_norm(), 2 * backend.squared_sum(store.gradient()));
+    const LossAndSquaredNorm known = reducer.loss_and_squared_norm(loss);
+    EXPECT_EQ(known.squared_norm, 2 * backend.squared_sum(store.gradient()));
+    EXPECT_EQ(known.loss, 0.75);
   }
 }
 
@@ -141,7 +145,7 @@ TEST_F(GradientReducerTest, NormsOfParametersFindTheBrokenOne) {
   ASSERT_EQ(norms.size(), kSpecs.size());
   EXPECT_EQ(norms[0], 0);
   EXPECT_TRUE(std::isnan(norms[1]));
-  EXPECT_TRUE(std::isnan(reducer.squared_norm()));
+  EXPECT_TRUE(std::isnan(reducer.loss_and_squared_norm(loss).squared_norm));
 }
 
 TEST_F(GradientReducerTest, RefusesAnotherOrderOfBlocks) {

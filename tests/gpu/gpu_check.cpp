@@ -227,8 +227,10 @@ void quantizer_speed() {
   const Buffer master = backend->allocate(4 * kNumel), working = backend->allocate(4 * kNumel);
   const Tensor from = master.view(DType::f32, Shape{kNumel});
   const Tensor to = working.view(DType::bf16, Shape{kNumel});
-  const double quantize = median_seconds(
-      *backend, 20, [&] { backend->fake_quantize({.bits = 8, .groups = 8}, {}, 0.0f, from, to); });
+  const FakeQuantizeRange all{0, kNumel, {.bits = 8, .groups = 8}};
+  const double quantize = median_seconds(*backend, 20, [&] {
+    backend->fake_quantize({&all, 1}, from, to);
+  });
   // The masters are read and the working weights written: 6 bytes each. A copy of n bytes moves 2
   // n.
   const Tensor part = from.flat_slice(0, kNumel * 6 / 8),

@@ -59,7 +59,7 @@ class FakeQuantize : public BackendTest {
                         const std::vector<float>& expected, float mix = 0.0f,
                         const StochasticKey& key = {}) {
     const Tensor working = zeros(master.shape, dtype());
-    backend().fake_quantize(spec, key, mix, master, working);
+    fake_quantize(backend(), spec, key, mix, master, working);
     visit_dtype(dtype(), [&](auto tag) {
       using T = typename decltype(tag)::type;
       for (std::size_t i = 0; i < expected.size(); ++i) {
@@ -106,14 +106,59 @@ TEST_P(FakeQuantize, GroupsOfAPartAreThoseOfTheWhole) {
   for (const int bits : {2, 8}) {
     const Rounding rounding = bits == 2 ? Rounding::nearest : Rounding::stochastic;
     const Tensor whole = zeros(master.shape, dtype());
-    backend().fake_quantize({bits, 6, kSymmetric, rounding}, key, 0.0f, master, whole);
+    fake_quantize(backend(), {bits, 6, kSymmetric, rounding}, key, 0.0f, master, whole);
     const Tensor part = zeros(Shape{3 * 777}, dtype());
     StochasticKey of_part = key;
     of_part.first_element = 2 * 777;
-    backend().fake_quantize({bits, 3, kSymmetric, rounding}, of_part, 0.0f,
-                            master.flat_slice(2 * 777, 3 * 777), part);
+    fake_quantize(backend(), {bits, 3, kSymmetric, rounding}, of_part, 0.0f,
+                  master.flat_slice(2 * 777, 3 * 777), part);
     EXPECT_EQ(values(part), values(whole.flat_slice(2 * 777, 3 * 777))) << bits << " bits";
   }
+}
+
+/// Ranges of many sizes and ways, with gaps between them.
+std::vector<FakeQuantizeRange> many_ranges(std::int64_t numel) {
+  const std::vector<QuantSpec> specs{{8, 4},
+                                     {16, 1},
+                                     {2, 2},
+                                     {4, 3, kAsymmetric, Rounding::stochastic},
+                                     {1, 1},
+                                     {32, 2},
+                                     {8, 6, kSymmetric, Rounding::stochastic}};
+  std::vector<FakeQuantizeRange> ranges;
+  std::int64_t begin = 3, size = 1;
+  for (std::uint32_t index = 0; begin + 12 * size <= numel; ++index) {
+    const StochasticKey key{7, 8, index, index % 3 == 0 ? 45 : 0};
+    ranges.push_back({begin, 12 * size, specs[index % specs.size()], key, 0.1f * (index % 2)});
+    begin += 12 * size + index % 4;
+    // Ternary number 9 and binary number 11 have groups of several chunks.
+    size = index == 8 || index == 10 ? 2900 : 1 + index % 23;
+  }
+  return ranges;
+}
+
+// All at once, and on every device, as the CPU does range by range.
+TEST_P(FakeQuantize, RangesAreQuantizedEachInItsWay) {
+  const std::int64_t numel = 76'000;
+  const Tensor master = random(Shape{numel}, DType::f32, 0.04);
+  const std::vector<double> masters = values(master);
+  const std::vector<FakeQuantizeRange> ranges = many_ranges(numel);
+  ASSERT_GT(ranges.size(), 30u);
+  const Tensor working = zeros(master.shape, dtype()), expected = zeros(master.shape, dtype());
+  CpuBackend cpu(CpuIsa::generic);
+  for (const FakeQuantizeRange& range : ranges)
+    fake_quantize(cpu, range.spec, range.key, range.mix,
+                  master.flat_slice(range.begin, range.numel),
+                  expected.flat_slice(range.begin, range.numel));
+  // The same ranges again, and others after them.
+  for (const std::size_t count : {ranges.size(), ranges.size(), std::size_t{5}}) {
+    std::memset(working.data, 0, working.bytes());
+    backend().fake_quantize(std::span(ranges).first(count), master, working);
+    const std::int64_t end = ranges[count - 1].begin + ranges[count - 1].numel;
+    EXPECT_EQ(values(working.flat_slice(0, end)), values(expected.flat_slice(0, end)));
+    for (const double rest : values(working.flat_slice(end, numel - end))) ASSERT_EQ(rest, 0.0);
+  }
+  EXPECT_EQ(values(master), masters);
 }
 
 TEST_P(FakeQuantize, MixBlendsMasterAndQuantizedWeight) {
@@ -128,7 +173,7 @@ TEST_P(FakeQuantize, TernaryAndBinaryFollowMeanMagnitudes) {
   const Tensor master = random(Shape{numel}, DType::f32, 0.3);
   for (const int bits : {1, 2}) {
     const Tensor working = zeros(master.shape, DType::f32);
-    backend().fake_quantize({bits, 2}, {}, 0.0f, master, working);
+    fake_quantize(backend(), {bits, 2}, {}, 0.0f, master, working);
     for (std::int64_t begin = 0; begin < numel; begin += numel / 2) {
       const std::span<const float> group(master.as<float>() + begin, numel / 2);
       double sum = 0, above = 0, count = 0;
@@ -163,7 +208,7 @@ TEST_P(FakeQuantize, FaultsStayVisibleInTheirGroup) {
       const Tensor master = random(Shape{300}, DType::f32);
       master.as<float>()[150] = bad;
       const Tensor working = zeros(master.shape, dtype());
-      backend().fake_quantize({bits, 3}, {}, 0.5f, master, working);
+      fake_quantize(backend(), {bits, 3}, {}, 0.5f, master, working);
       const std::vector<double> result = values(working);
       for (std::size_t i = 0; i < result.size(); ++i)
         EXPECT_EQ(std::isnan(result[i]), i >= 100 && i < 200) << "element " << i;
@@ -175,7 +220,7 @@ TEST_P(FakeQuantize, RefusesWhatDoesNotFit) {
   const Tensor master = random(Shape{10}, DType::f32);
   const Tensor working = zeros(Shape{10}, dtype());
   const auto run = [&](const QuantSpec& spec, const Tensor& target) {
-    backend().fake_quantize(spec, {}, 0.0f, master, target);
+    fake_quantize(backend(), spec, {}, 0.0f, master, target);
   };
   EXPECT_THROW(run({8, 3}, working), ShapeError);
   EXPECT_THROW(run({8, 0}, working), ConfigError);
@@ -185,6 +230,10 @@ TEST_P(FakeQuantize, RefusesWhatDoesNotFit) {
   EXPECT_THROW(run({1, 1, kSymmetric, Rounding::stochastic}, working), ConfigError);
   EXPECT_THROW(run({8, 1}, zeros(Shape{9}, dtype())), ShapeError);
   EXPECT_THROW(run({8, 1}, zeros(Shape{10}, DType::s32)), UnsupportedError);
+  for (const auto& [begin, numel] : {std::pair{-1, 5}, {6, 5}, {0, -1}}) {
+    const FakeQuantizeRange outside{begin, numel, {8, 1}};
+    EXPECT_THROW(backend().fake_quantize({&outside, 1}, master, working), ShapeError);
+  }
 }
 
 BITFALL_BACKEND_SUITE(FakeQuantize);
@@ -197,8 +246,8 @@ std::vector<std::uint16_t> half_bits(CpuIsa isa, int threads, const QuantSpec& s
   const Tensor working = bench.zeros(master.shape, dtype);
   const int before = omp_get_max_threads();
   omp_set_num_threads(threads);
-  bench.backend().fake_quantize(spec, {42, static_cast<std::uint64_t>(step), 9}, 0.25f, master,
-                                working);
+  fake_quantize(bench.backend(), spec, {42, static_cast<std::uint64_t>(step), 9}, 0.25f, master,
+                working);
   omp_set_num_threads(before);
   return {working.as<std::uint16_t>(), working.as<std::uint16_t>() + working.bytes() / 2};
 }
@@ -239,8 +288,8 @@ TEST(FakeQuantizeStochastic, IsUnbiased) {
   const double scale = 8.0 / 8;  // 4 bits
   std::vector<double> sums(numel);
   for (std::uint64_t step = 0; step < kSteps; ++step) {
-    bench.backend().fake_quantize({4, 1, kSymmetric, Rounding::stochastic}, {1, step, 0}, 0.0f,
-                                  master, working);
+    fake_quantize(bench.backend(), {4, 1, kSymmetric, Rounding::stochastic}, {1, step, 0}, 0.0f,
+                  master, working);
     for (std::int64_t i = 0; i < numel; ++i) sums[i] += working.as<float>()[i];
   }
   double total_error = 0;
@@ -257,8 +306,8 @@ TEST(FakeQuantizeInPlace, MayOverwriteAnF32Master) {
   BackendWorkbench bench(choose_isa());
   const Tensor master = bench.random(Shape{50000}, DType::f32);
   const Tensor working = bench.zeros(master.shape, DType::f32);
-  bench.backend().fake_quantize({6, 5}, {}, 0.0f, master, working);
-  bench.backend().fake_quantize({6, 5}, {}, 0.0f, master, master);
+  fake_quantize(bench.backend(), {6, 5}, {}, 0.0f, master, working);
+  fake_quantize(bench.backend(), {6, 5}, {}, 0.0f, master, master);
   EXPECT_EQ(floats_of(master), floats_of(working));
 }
 

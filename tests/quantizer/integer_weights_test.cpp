@@ -49,7 +49,7 @@ TEST_F(IntegerWeightsTest, StandForTheWeightsThatTrainingUses) {
   const Tensor working = zeros(weights.shape, DType::f32);
   const StochasticKey key{11, 12, 13};
   for (const QuantSpec& spec : all_specs(2)) {
-    backend().fake_quantize(spec, key, 0.0f, weights, working);
+    test::fake_quantize(backend(), spec, key, 0.0f, weights, working);
     const std::vector<float> unpacked = dequantize(quantize_to_integers(spec, key, weights));
     ASSERT_EQ(unpacked.size(), 2u * 16500);
     for (std::size_t i = 0; i < unpacked.size(); ++i) {

@@ -81,7 +81,7 @@ class QuantizerTest : public testing::Test {
   std::vector<double> expected(std::size_t index, const QuantSpec& spec, float mix = 0.0f) {
     test::BackendWorkbench bench(choose_isa());
     const Tensor result = bench.zeros(store_.master(index).shape, DType::bf16);
-    backend_.fake_quantize(spec, {}, mix, store_.master(index), result);
+    test::fake_quantize(backend_, spec, {}, mix, store_.master(index), result);
     return test::values(result);
   }
 
@@ -227,7 +227,7 @@ TEST_F(QuantizerTest, MixReachesTheWorkingWeightsButNotTheExport) {
     EXPECT_LE(std::set<double>(first, first + 64).size(), 256u);
   }
   const Tensor grid = bench.zeros(views[2].shape, DType::f32);
-  backend_.fake_quantize({8, 4}, {}, 0.0f, store_.master(2), grid);
+  test::fake_quantize(backend_, {8, 4}, {}, 0.0f, store_.master(2), grid);
   EXPECT_EQ(exported, test::values(grid));
   EXPECT_EQ(test::values(views[0]), test::values(store_.master(0)));
   EXPECT_THROW(quantizer.quantize_into(backend_, store_, 2, store_.working()), UnsupportedError);

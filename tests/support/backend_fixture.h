@@ -89,6 +89,13 @@ class BackendWorkbench {
   std::mt19937 generator_{20210527};
 };
 
+/// Backend::fake_quantize of a whole tensor in one way.
+inline void fake_quantize(Backend& backend, const QuantSpec& spec, const StochasticKey& key,
+                          float mix, const Tensor& master, const Tensor& working) {
+  const FakeQuantizeRange all{0, master.numel(), spec, key, mix};
+  backend.fake_quantize({&all, 1}, master, working);
+}
+
 inline std::vector<BackendCase> backend_cases(std::initializer_list<DType> dtypes) {
   std::vector<BackendCase> cases;
   for (const CpuIsa isa : supported_isas()) {

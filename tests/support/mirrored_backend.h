@@ -229,6 +229,11 @@ class MirroredBackend final : public Backend {
     run([&](auto& on) { sum = device_->squared_sum(on(x)); });
     return sum;
   }
+  LossAndSquaredNorm loss_and_squared_norm(const Tensor& loss, const Tensor& gradient) override {
+    LossAndSquaredNorm result;
+    run([&](auto& on) { result = device_->loss_and_squared_norm(on(loss), on(gradient)); });
+    return result;
+  }
   double dot(const Tensor& x, const Tensor& y) override {
     double sum = 0;
     run([&](auto& on) { sum = device_->dot(on(x), on(y)); });
@@ -243,9 +248,9 @@ class MirroredBackend final : public Backend {
       device_->adam_update(step, ranges, on(gradient), on(master), on(exp_avg), on(exp_avg_sq));
     });
   }
-  void fake_quantize(const QuantSpec& spec, const StochasticKey& key, float mix,
-                     const Tensor& master, const Tensor& working) override {
-    run([&](auto& on) { device_->fake_quantize(spec, key, mix, on(master), on(working)); });
+  void fake_quantize(std::span<const FakeQuantizeRange> ranges, const Tensor& master,
+                     const Tensor& working) override {
+    run([&](auto& on) { device_->fake_quantize(ranges, on(master), on(working)); });
   }
 
  private:
