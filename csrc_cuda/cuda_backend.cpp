@@ -81,6 +81,9 @@ void CudaBackend::copy(const Tensor& source, const Tensor& destination) {
     return;
   }
   const cudaStream_t stream = this->stream();
+  if (source.device == Device::cpu && source.bytes() <= PinnedStaging::kMostBytes) {
+    return staging_.copy(source.data, destination.data, source.bytes(), stream);
+  }
   // From pageable host memory the call returns when the source has been read.
   cuda_check(cudaMemcpyAsync(destination.data, source.data, source.bytes(),
                              copy_kind(source.device, destination.device), stream),

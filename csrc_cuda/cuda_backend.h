@@ -9,6 +9,7 @@
 #include "core/backend.h"
 #include "core/communicator.h"
 #include "csrc_cuda/cuda_utils.h"
+#include "csrc_cuda/pinned_staging.h"
 
 namespace bitfall {
 
@@ -144,6 +145,7 @@ class CudaBackend final : public Backend {
   int device_index_;
   CudaStream stream_;
   PinnedMemory<HostNumbers> host_numbers_;  ///< where the GPU writes what the host waits for
+  PinnedStaging staging_;
   std::unique_ptr<MatmulPlans> matmul_;
   std::unique_ptr<QuantizeTable> quantize_table_;
   Buffer scratch_;

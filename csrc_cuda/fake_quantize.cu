@@ -205,7 +205,7 @@ __device__ void quantize_stochastic(const Quantize& quantize, const ChunkPlace& 
   alignas(16) __shared__ std::uint16_t shared[kLanes / 16][kStochasticBlock];
   const auto lane = static_cast<std::uint32_t>(threadIdx.x % 16);
   std::uint16_t* const numbers = shared[threadIdx.x / 16];
-  const StochasticKey& key = at.entry.range.key;
+  const StochasticKey key = at.entry.range.key;
   // Element 0 of the parameter, as if all of it were there.
   const std::int64_t origin = at.entry.range.begin - key.first_element;
   for (std::int64_t first = (at.begin - origin) / kStochasticBlock;

@@ -1,5 +1,9 @@
 #include "engine/encoder_batch.h"
 
+#include <algorithm>
+#include <cstddef>
+#include <initializer_list>
+
 #include "core/error.h"
 
 namespace bitfall {
@@ -31,11 +35,43 @@ void check_key_lengths(const Batch& batch) {
   }
 }
 
-void copy_in(Backend& backend, const std::vector<std::int32_t>& values, const Tensor& destination) {
-  // Tensor is a view for reading and writing; as a source it is only read.
-  void* const data = const_cast<std::int32_t*>(values.data());
-  backend.copy({data, DType::s32, destination.shape, Device::cpu}, destination);
-}
+/// Host memory laid out as tensors lie on the device, which it reaches in one copy. Zero where
+/// nothing is set.
+class HostImage {
+ public:
+  /// `tensors` lie closely together; absent ones are not part of the image.
+  explicit HostImage(std::initializer_list<Tensor> tensors) {
+    const std::byte* end = nullptr;
+    for (const Tensor& tensor : tensors) {
+      if (!tensor) continue;
+      auto* const data = tensor.as<std::byte>();
+      if (begin_ == nullptr || data < begin_) begin_ = data;
+      end = std::max<const std::byte*>(end, data + tensor.bytes());
+      device_ = tensor.device;
+    }
+    bytes_.resize(static_cast<std::size_t>(end - begin_));
+  }
+
+  template <typename T>
+  T* of(const Tensor& tensor) {
+    return reinterpret_cast<T*>(bytes_.data() + (tensor.as<std::byte>() - begin_));
+  }
+  template <typename T>
+  void set(const Tensor& tensor, const std::vector<T>& values) {
+    if (tensor) std::copy_n(values.begin(), tensor.numel(), of<T>(tensor));
+  }
+
+  void upload(Backend& backend) {
+    const Shape shape{static_cast<std::int64_t>(bytes_.size())};
+    backend.copy({bytes_.data(), DType::s8, shape, Device::cpu},
+                 {begin_, DType::s8, shape, device_});
+  }
+
+ private:
+  std::vector<std::byte> bytes_;
+  std::byte* begin_ = nullptr;  ///< on the device
+  Device device_ = Device::cpu;
+};
 
 }  // namespace
 
@@ -87,36 +123,33 @@ void EncoderBatch::plan(Workspace& workspace, const Batch& batch) {
 }
 
 void EncoderBatch::upload(Backend& backend, const Batch& batch) const {
-  std::vector<std::int32_t> positions, keys, first_keys;
-  positions.reserve(batch.input_ids.size());
-  keys.reserve(2 * batch.input_ids.size());
+  HostImage image({ids.input_ids, ids.position_ids, ids.token_type_ids, sequence_starts,
+                   key_lengths, sample_keys, row_keys, first_tokens, first_token_keys, class_labels,
+                   regression_labels, span_positions});
+  auto* position_id = image.of<std::int32_t>(ids.position_ids);
+  auto* row_key = image.of<std::int32_t>(row_keys);
+  auto* first_key = image.of<std::int32_t>(first_token_keys);
   for (std::size_t b = 0; b + 1 < batch.sequence_starts.size(); ++b) {
     const std::int32_t length = batch.sequence_starts[b + 1] - batch.sequence_starts[b];
-    first_keys.insert(first_keys.end(), {batch.sample_keys[b], 0});
+    *first_key = batch.sample_keys[b];
+    first_key += 2;  // at position 0
     for (std::int32_t position = 0; position < length; ++position) {
-      positions.push_back(position);
-      keys.insert(keys.end(), {batch.sample_keys[b], position});
+      *position_id++ = position;
+      *row_key++ = batch.sample_keys[b];
+      *row_key++ = position;
     }
   }
-  copy_in(backend, batch.input_ids, ids.input_ids);
-  copy_in(backend, batch.position_ids.empty() ? positions : batch.position_ids, ids.position_ids);
-  if (batch.token_type_ids.empty()) {
-    backend.fill_zero(ids.token_type_ids);
-  } else {
-    copy_in(backend, batch.token_type_ids, ids.token_type_ids);
-  }
-  copy_in(backend, batch.sequence_starts, sequence_starts);
-  if (key_lengths) copy_in(backend, batch.key_lengths, key_lengths);
-  copy_in(backend, batch.sample_keys, sample_keys);
-  copy_in(backend, keys, row_keys);
-  copy_in(backend, batch.sequence_starts, first_tokens);
-  copy_in(backend, first_keys, first_token_keys);
-  if (class_labels) copy_in(backend, batch.class_labels, class_labels);
-  if (span_positions) copy_in(backend, batch.span_positions, span_positions);
-  if (regression_labels) {
-    void* const data = const_cast<float*>(batch.regression_labels.data());
-    backend.copy({data, DType::f32, regression_labels.shape, Device::cpu}, regression_labels);
-  }
+  image.set(ids.input_ids, batch.input_ids);
+  if (!batch.position_ids.empty()) image.set(ids.position_ids, batch.position_ids);
+  if (!batch.token_type_ids.empty()) image.set(ids.token_type_ids, batch.token_type_ids);
+  image.set(sequence_starts, batch.sequence_starts);
+  image.set(key_lengths, batch.key_lengths);
+  image.set(sample_keys, batch.sample_keys);
+  image.set(first_tokens, batch.sequence_starts);
+  image.set(class_labels, batch.class_labels);
+  image.set(regression_labels, batch.regression_labels);
+  image.set(span_positions, batch.span_positions);
+  image.upload(backend);
 }
 
 }  // namespace bitfall
