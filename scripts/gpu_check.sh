@@ -9,7 +9,8 @@ usage: scripts/gpu_check.sh [--out DIR] [BUILD]
 
 On a machine with an NVIDIA GPU: runs the tests of operations, memcheck, initcheck and racecheck
 passes of them (if compute-sanitizer is there), a training beside the CPU's, two ranks on one GPU
-(if mpirun is there) and the benchmarks. Leaves results.json, a table and the logs.
+(if mpirun is there) and the benchmarks, beside PyTorch if `python3` has it with transformers. Leaves
+results.json, a table and the logs.
 
   BUILD         build folder with tests and CUDA (default: build/dev), or a bundle
   --out DIR     where the results go (default: build/gpu_check)
@@ -48,6 +49,10 @@ for name in "${tests[@]/%/_test}" gpu_check; do
   [[ -n $(find_file "$name") ]] || fail "no $name in $build: build with -DBITFALL_BUILD_TESTS=ON"
 done
 
+# The peer lies in the sources, or in a bundle.
+workers=$(dirname "${BASH_SOURCE[0]}")/../benchmarks/workers
+[[ -d $build/workers ]] && workers=$build/workers
+
 # make_bundle: the programs without symbols, and their libraries that are not part of the C library.
 make_bundle() {
   mkdir -p "$bundle/lib"
@@ -60,6 +65,8 @@ make_bundle() {
     grep -vE '/(libc|libm|libdl|libpthread|librt|ld-linux[^/]*)\.so' | while read -r file; do
     cp -Lu "$file" "$bundle/lib/"
   done
+  mkdir -p "$bundle/workers"
+  cp "$workers"/{torch_gpu,power_iteration,start_vector}.py "$bundle/workers/"
   cp "${BASH_SOURCE[0]}" "$bundle/gpu_check.sh"
   tar -C "$(dirname "$bundle")" -cf - "$(basename "$bundle")" | xz -T0 -3 >"$bundle.tar.xz"
   du -sh "$bundle" "$bundle.tar.xz"
@@ -119,9 +126,23 @@ else
   record ranks skipped 0 "no mpirun"
 fi
 step speed 180 "$(find_file gpu_check)" speed
+if python3 -c 'import torch, transformers; assert torch.cuda.is_available()' >/dev/null 2>&1; then
+  step pytorch 300 python3 "$workers/torch_gpu.py" "$out/speed.log" 200
+else
+  record pytorch skipped 0 "not measured: python3 has no PyTorch and transformers that see the GPU"
+fi
 
-values=$(cat "$out"/compare.log "$out"/ranks.log "$out"/speed.log 2>/dev/null | grep -a '^{"check"' || true)
-printf '\n%s\n' "$values"
+# The lines of JSON that programs print, one result each.
+values=$(cat "$out"/{compare,ranks,speed,pytorch}.log 2>/dev/null | grep -a '^{"check"' || true)
+field() { sed -nE "s/.*\"$1\": (\"([^\"]*)\"|([^,}]*)).*/\2\3/p" <<<"$2"; }
+printf '\n%-10s %-13s %-18s %s\n' value unit target what
+while read -r line; do
+  target="$(field bound "$line") $(field limit "$line")" verdict=""
+  [[ $target != *null ]] || target=""
+  [[ $(field passed "$line") == true ]] || verdict=" MISSED"
+  printf '%-10s %-13s %-18s %s%s\n' "$(field value "$line")" "$(field unit "$line")" "$target" \
+    "$(field check "$line")" "$verdict"
+done <<<"$values" | tee "$out/table.txt"
 {
   echo '['
   { printf '%s\n' "${lines[@]}" && printf '%s\n' "$values"; } | grep . | paste -sd, | sed 's/},{/},\n{/g'
