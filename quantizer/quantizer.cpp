@@ -48,6 +48,7 @@ class Pattern {
 std::vector<Pattern> compile(const QuantizeGroupConfig& group, const char* key,
                              const std::vector<std::string>& texts) {
   std::vector<Pattern> patterns;
+  patterns.reserve(texts.size());
   for (const std::string& text : texts) patterns.emplace_back(group, key, text);
   return patterns;
 }
@@ -130,7 +131,7 @@ std::vector<BitStateSpec> bit_states(const QuantizeConfig& config,
     for (std::size_t index = 0; index < parameters.size(); ++index) {
       if (groups[index] != group || parameters[index].block != block) continue;
       const std::string& prefix = config.groups[static_cast<std::size_t>(group)].name;
-      states.push_back({config.groups.size() > 1 ? prefix + "/" + name : name, block, group});
+      states.push_back({config.groups.size() > 1 ? concat(prefix, "/", name) : name, block, group});
       return;
     }
   };
