@@ -44,7 +44,8 @@ Tensor Tensor::rows(std::int64_t begin, std::int64_t count) const {
   check<ShapeError>(shape.rank() >= 1 && begin >= 0 && count >= 0 && begin + count <= shape[0],
                     "rows ", begin, "..", begin + count, " are outside of ", shape.to_string());
   const std::int64_t row_elements = shape[0] == 0 ? 0 : numel() / shape[0];
-  std::array<std::int64_t, Shape::kMaxRank> dims{count, shape[1], shape[2], shape[3]};
+  std::array<std::int64_t, Shape::kMaxRank> dims{count};
+  for (std::size_t axis = 1; axis < shape.rank(); ++axis) dims[axis] = shape[axis];
   return {as<std::byte>() + begin * row_elements * static_cast<std::int64_t>(size_in_bytes(dtype)),
           dtype, Shape(std::span<const std::int64_t>(dims.data(), shape.rank())), device};
 }

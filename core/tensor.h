@@ -15,14 +15,14 @@ namespace bitfall {
 
 enum class Device { cpu, cuda };
 
-/// Up to four dimensions, row-major and contiguous. A default Shape has no dimension and one
+/// Up to eight dimensions, row-major and contiguous. A default Shape has no dimension and one
 /// element.
 class Shape {
  public:
-  static constexpr std::size_t kMaxRank = 4;
+  static constexpr std::size_t kMaxRank = 8;
 
   Shape() = default;
-  /// Throws ShapeError above four dimensions.
+  /// Throws ShapeError above eight dimensions.
   Shape(std::initializer_list<std::int64_t> dims);
   explicit Shape(std::span<const std::int64_t> dims);
 

@@ -19,7 +19,7 @@ TEST(Shape, CountsElementsAndPrints) {
   EXPECT_EQ(Shape({2, 3}).to_string(), "[2, 3]");
   EXPECT_EQ(Shape().to_string(), "[]");
   EXPECT_NE(Shape({2, 3}), Shape({2, 3, 1}));
-  EXPECT_THROW(Shape({1, 1, 1, 1, 1}), ShapeError);
+  EXPECT_THROW(Shape({1, 1, 1, 1, 1, 1, 1, 1, 1}), ShapeError);
 }
 
 TEST(Tensor, EmptyHasNoElements) {

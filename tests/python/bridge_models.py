@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -13,6 +14,18 @@ CONFIG: dict[str, Any] = {
     "gradient_accumulation_steps": 1,
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}},
 }
+
+
+def _computes_in_fp16() -> bool:
+    try:
+        nn.functional.dropout(torch.ones(1, 1).half() @ torch.ones(1, 1).half())
+    except RuntimeError:
+        return False
+    return True
+
+
+FP16_ON_CPU = _computes_in_fp16()
+needs_fp16 = pytest.mark.skipif(not FP16_ON_CPU, reason="this PyTorch has no fp16 on CPUs")
 
 
 class Block(nn.Module):

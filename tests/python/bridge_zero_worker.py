@@ -11,14 +11,14 @@ from typing import Any
 import bitfall
 import torch
 from bitfall import _core
-from bridge_models import CONFIG, batches, tiny
+from bridge_models import CONFIG, FP16_ON_CPU, batches, tiny
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "f32": {},
     "bf16": {"bf16": {"enabled": True}},
     "accumulated": {"gradient_accumulation_steps": 3},
     "quantized": {
-        "fp16": {"enabled": True, "initial_scale_power": 8},
+        "fp16": {"enabled": FP16_ON_CPU, "initial_scale_power": 8},
         "quantize_training": {
             "enabled": True,
             "quantize_bits": {"start_bits": 8, "target_bits": 6},

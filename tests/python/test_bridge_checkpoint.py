@@ -13,7 +13,7 @@ import bitfall  # noqa: E402
 from bitfall import _core  # noqa: E402
 from bitfall.bridge import state  # noqa: E402
 from bitfall.errors import InputError  # noqa: E402
-from bridge_models import CONFIG, batches, tiny  # noqa: E402
+from bridge_models import CONFIG, batches, needs_fp16, tiny  # noqa: E402
 
 MOQ = {
     "enabled": True,
@@ -54,7 +54,7 @@ def everything(engine: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in engine.module.state_dict().items()}
 
 
-@pytest.mark.parametrize("kind", ["engine", "fp16", "client"])
+@pytest.mark.parametrize("kind", ["engine", pytest.param("fp16", marks=needs_fp16), "client"])
 def test_resume_equals_an_uninterrupted_run(kind: str, tmp_path: Path) -> None:
     data = batches(8)
     straight = engine_for(kind)

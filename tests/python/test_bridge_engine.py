@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 import bitfall  # noqa: E402
 from bitfall import _core  # noqa: E402
 from bitfall.errors import InputError, UsageError  # noqa: E402
-from bridge_models import CONFIG, batches, tiny  # noqa: E402
+from bridge_models import CONFIG, batches, needs_fp16, tiny  # noqa: E402
 from conftest import environment  # noqa: E402
 
 
@@ -216,6 +216,7 @@ def test_any_torch_optimizer_steps_on_the_masters(dtype: str) -> None:
     assert len(client.state_dict()["state"]) == len(masters)
 
 
+@needs_fp16
 def test_fp16_overflow_skips_the_step() -> None:
     fp16 = {"enabled": True, "initial_scale_power": 40, "hysteresis": 1}
     engine, optimizer, _, _ = start(fp16=fp16)
@@ -256,6 +257,7 @@ def test_config_from_a_file_and_from_arguments(tmp_path: Path) -> None:
     assert bitfall.initialize(Arguments(), tiny())[0].train_batch_size() == 4
 
 
+@needs_fp16
 def test_what_accelerate_adds_to_a_config_is_accepted() -> None:
     extra = {"steps_per_print": float("inf"), "zero_allow_untested_optimizer": True}
     extra["fp16"] = {"enabled": True, "auto_cast": True}

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import bitfall  # noqa: E402
-from bridge_models import CONFIG, batches, plain_gradients, tiny  # noqa: E402
+from bridge_models import CONFIG, batches, needs_fp16, plain_gradients, tiny  # noqa: E402
 
 
 def engine_for(model: Any, **changes: Any) -> Any:
@@ -121,7 +121,7 @@ def test_groups_have_their_own_numbers() -> None:
     assert not torch.equal(model.layers[1].dense.weight, tiny(depth=2).layers[1].dense.weight)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=needs_fp16)])
 def test_sixteen_bits_sum_gradients_in_f32(dtype: str) -> None:
     precision = {"enabled": True, "loss_scale": 8} if dtype == "fp16" else {"enabled": True}
     model = tiny()

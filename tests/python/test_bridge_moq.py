@@ -12,7 +12,7 @@ import bitfall  # noqa: E402
 from bitfall import _core  # noqa: E402
 from bitfall.bridge import layout  # noqa: E402
 from bitfall.errors import UsageError  # noqa: E402
-from bridge_models import CONFIG, batches, tiny  # noqa: E402
+from bridge_models import CONFIG, batches, needs_fp16, tiny  # noqa: E402
 
 MOQ = {
     "enabled": True,
@@ -170,6 +170,7 @@ def test_blocks_of_names() -> None:
     assert sequential == {"0.weight": 0, "0.bias": 0, "2.weight": 1}
 
 
+@needs_fp16
 def test_fp16_module_with_eigenvalues() -> None:
     engine = moq_engine(tiny(), EIGENVALUE, fp16={"enabled": True, "initial_scale_power": 8})
     results = train(engine, batches(4))

@@ -161,11 +161,14 @@ class Gradients:
         elif gradient.data_ptr() != target.data_ptr():
             raise UsageError(DROPPED.format(name=entry.name))
         parameter.grad = target if stays else None
-        if self._overlap and (self._closes_accumulation or self._every_backward):
-            self._complete(index, entry.block)
+        self._arrived(index, entry.block)
 
-    def _complete(self, index: int, block: int) -> None:
-        """Nothing more comes for this parameter; starts what can start, in order."""
+    def _arrived(self, index: int, block: int) -> None:
+        """A parameter has its gradient of this backward pass. If nothing more comes for it before
+        its block is reduced, starts the reductions that can start, in order."""
+        closes = self._overlap and self._closes_accumulation
+        if not (closes or self._every_backward):
+            return
         self._missing[block].discard(index)
         while (
             self._next_reduction < len(self._reduction_order)

@@ -97,7 +97,9 @@ def check_layers(names: Sequence[str], section: dict[str, Any]) -> str:
         numbers = block_numbers(names, None)
         example = next((name for name in names if numbers[name] != NO_BLOCK), None)
         found = _index_in_list(example, None) if example is not None else None
-        advice = f"the model's layers are '{found[0]}'" if found else "the model has no layers"
+        advice = "the model has no layers"
+        if found:
+            advice = f"the model's layers are '{found[0]}'; write that"
         raise ConfigError(f'eigenvalue.layer_name = "{path}": {advice}')
     if count not in (0, len(indices)):
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -56,11 +57,13 @@ def refusal(bert: Any, arguments: Mapping[str, Any]) -> str | None:
             return f"{name} is no tensor [B, S] of integers"
     if arguments["input_ids"].shape[1] > bert.config.max_position_embeddings:
         return "rows are longer than max_position_embeddings"
-    if bert.training and getattr(bert.encoder.layer[0], "gradient_checkpointing", False):
+    # On its layers today, on the encoder itself in older releases (4.46).
+    checkpointed = (bert.encoder, bert.encoder.layer[0])
+    if bert.training and any(getattr(m, "gradient_checkpointing", False) for m in checkpointed):
         return "gradient checkpointing is on"
     if _is_autocast(arguments["input_ids"].device.type):
         return "autocast is on"
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if torch.jit.is_tracing() or _is_compiling():
         return "the model is being traced or compiled"
     return None
 
@@ -101,6 +104,12 @@ def _is_matrix(name: str, ids: object) -> bool:
 
 def _to_numpy(ids: torch.Tensor) -> Ids:
     return ids.to("cpu", torch.int64).contiguous().numpy()
+
+
+def _is_compiling() -> bool:
+    if hasattr(torch.compiler, "is_compiling"):
+        return torch.compiler.is_compiling()
+    return sys.modules["torch._dynamo"].is_compiling() if "torch._dynamo" in sys.modules else False
 
 
 def _is_autocast(device: str) -> bool:

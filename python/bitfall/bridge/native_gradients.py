@@ -50,5 +50,4 @@ class NativeGradients(Gradients, GradientSink):
                 target.add_(earlier)
             self._filled[index] = True
             entry.parameter.grad = target if self._stays(entry) else None
-            if self._every_backward or (self._overlap and self._closes_accumulation):
-                self._complete(index, block)
+            self._arrived(index, block)
