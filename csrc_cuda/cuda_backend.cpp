@@ -8,8 +8,12 @@
 namespace bitfall {
 namespace {
 
-CudaStream make_stream(int device_index) {
+int selected(int device_index) {
   cuda_check(cudaSetDevice(device_index), "cudaSetDevice");
+  return device_index;
+}
+
+CudaStream make_stream() {
   cudaStream_t stream = nullptr;
   // Work of others on the default stream must not wait for ours, nor ours for theirs.
   cuda_check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking),
@@ -33,9 +37,10 @@ cudaMemcpyKind copy_kind(Device source, Device destination) {
 
 }  // namespace
 
-CudaBackend::CudaBackend(int device_index)
-    : device_index_(device_index),
-      stream_(make_stream(device_index)),
+CudaBackend::CudaBackend(int device_index, std::optional<std::uintptr_t> stream)
+    : device_index_(selected(device_index)),
+      own_stream_(stream ? CudaStream() : make_stream()),
+      stream_(stream ? reinterpret_cast<cudaStream_t>(*stream) : own_stream_.get()),
       host_numbers_(allocate_pinned<HostNumbers>(sizeof(HostNumbers))),
       matmul_(std::make_unique<MatmulPlans>()),
       quantize_table_(std::make_unique<QuantizeTable>()) {}
@@ -45,7 +50,7 @@ CudaBackend::~CudaBackend() = default;
 cudaStream_t CudaBackend::stream() const {
   // The current GPU belongs to a thread, and Python may call from any.
   cuda_check(cudaSetDevice(device_index_), "cudaSetDevice");
-  return stream_.get();
+  return stream_;
 }
 
 Buffer CudaBackend::allocate(std::size_t bytes) {

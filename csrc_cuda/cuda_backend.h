@@ -4,7 +4,9 @@
 // like the family, the same names as in csrc_cpu (matmul.cpp, attention.cu, ...).
 #pragma once
 
+#include <cstdint>
 #include <memory>
+#include <optional>
 
 #include "core/backend.h"
 #include "core/communicator.h"
@@ -18,8 +20,9 @@ class QuantizeTable;
 
 class CudaBackend final : public Backend {
  public:
-  /// GPU number `device_index` as CUDA counts them. Throws BackendError.
-  explicit CudaBackend(int device_index);
+  /// GPU number `device_index` as CUDA counts them. Operations go to `stream`, a cudaStream_t that
+  /// the caller keeps, or to a stream of their own. Throws BackendError.
+  explicit CudaBackend(int device_index, std::optional<std::uintptr_t> stream = {});
   ~CudaBackend() override;
 
   // cuda_backend.cpp
@@ -143,7 +146,8 @@ class CudaBackend final : public Backend {
   };
 
   int device_index_;
-  CudaStream stream_;
+  CudaStream own_stream_;                   ///< null if the caller has given one
+  cudaStream_t stream_;                     ///< null is CUDA's default stream
   PinnedMemory<HostNumbers> host_numbers_;  ///< where the GPU writes what the host waits for
   PinnedStaging staging_;
   std::unique_ptr<MatmulPlans> matmul_;

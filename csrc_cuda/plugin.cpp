@@ -66,7 +66,8 @@ class Plugin final : public CudaPlugin {
     return devices;
   }
 
-  std::unique_ptr<Backend> make_backend(int device_index) const override {
+  std::unique_ptr<Backend> make_backend(int device_index,
+                                        std::optional<std::uintptr_t> stream) const override {
     const std::vector<CudaDevice> all = devices();
     check<BackendError>(device_index >= 0 && static_cast<std::size_t>(device_index) < all.size(),
                         "GPU ", device_index, ": CUDA shows ", all.size(),
@@ -76,7 +77,7 @@ class Plugin final : public CudaPlugin {
                         device.name, ") has compute capability ", device.compute_major, ".",
                         device.compute_minor, ", expected ", kOldestCompute,
                         ".0 or more: use --device cpu");
-    return std::make_unique<CudaBackend>(device_index);
+    return std::make_unique<CudaBackend>(device_index, stream);
   }
 
   Communicator& connect(Backend& backend, Communicator& host, std::string& notice) const override {

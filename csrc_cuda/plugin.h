@@ -5,7 +5,9 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -27,8 +29,10 @@ class CudaPlugin {
   /// The GPUs that CUDA shows to this process. Throws BackendError if there is no driver, or one
   /// that is too old.
   virtual std::vector<CudaDevice> devices() const = 0;
-  /// Throws BackendError if the GPU cannot be used.
-  virtual std::unique_ptr<Backend> make_backend(int device_index) const = 0;
+  /// All operations go to `stream`, a cudaStream_t of this GPU that outlives the backend, or to a
+  /// stream of its own. Throws BackendError if the GPU cannot be used.
+  virtual std::unique_ptr<Backend> make_backend(int device_index,
+                                                std::optional<std::uintptr_t> stream) const = 0;
   /// A communicator for tensors of `backend`, a Backend made here, between the ranks of `host`;
   /// it belongs to `backend`, and `host` must outlive both. NCCL where the library is there and
   /// every rank of a machine has a GPU of its own, otherwise copies through host memory; `notice`

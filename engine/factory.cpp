@@ -50,12 +50,18 @@ Communicator& connect_devices(Backend& backend, Communicator& communicator) {
   return connected;
 }
 
-std::unique_ptr<Backend> make_backend(const std::string& name, int local_rank) {
+std::unique_ptr<Backend> make_backend(const std::string& name, int local_rank,
+                                      std::optional<std::uintptr_t> stream) {
   if (name == "cpu") return std::make_unique<CpuBackend>();
   check<BackendError>(name == "cuda", "backend '", name, "': expected 'cpu' or 'cuda'");
+  const int index = gpu_index(local_rank);
+  return cuda_library().plugin->make_backend(index, stream);
+}
+
+int gpu_index(int local_rank) {
   const CudaLibrary& cuda = cuda_library();
   check<BackendError>(cuda.problem.empty(), "device cuda: ", cuda.problem);
-  return cuda.plugin->make_backend(gpu_of(local_rank, cuda.devices.size()));
+  return gpu_of(local_rank, cuda.devices.size());
 }
 
 DeviceChoice choose_device(const std::string& wanted) {

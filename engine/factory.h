@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "core/backend.h"
@@ -15,10 +16,15 @@ namespace bitfall {
 
 /// "cpu", or "cuda" for the GPU whose number is `local_rank` (the rank among the processes of this
 /// machine). With the environment variable BITFALL_SHARE_GPU=1, ranks may outnumber the GPUs.
+/// `stream`: a cudaStream_t that all operations on a GPU go to, in place of one of their own.
 ///
 /// Throws BackendError that lists the names for anything else, or says why there is no GPU for this
 /// process and what to do.
-std::unique_ptr<Backend> make_backend(const std::string& name, int local_rank = 0);
+std::unique_ptr<Backend> make_backend(const std::string& name, int local_rank = 0,
+                                      std::optional<std::uintptr_t> stream = {});
+
+/// The number of the GPU that make_backend("cuda", local_rank) takes. Throws as that does.
+int gpu_index(int local_rank);
 
 /// What `wanted` ("auto", "cpu" or "cuda") comes to on this machine.
 struct DeviceChoice {

@@ -48,12 +48,12 @@ struct Exported {
   std::shared_ptr<void> owner;
 };
 
-DLDevice dl_device(Device device) {
+DLDevice dl_device(Device device, int index) {
   switch (device) {
     case Device::cpu:
       return {1, 0};
     case Device::cuda:
-      return {2, 0};
+      return {2, index};
   }
   throw UnsupportedError("DLPack: unknown device");
 }
@@ -83,7 +83,7 @@ void release_capsule(PyObject* capsule) {
 
 }  // namespace
 
-py::capsule to_dlpack(const Tensor& tensor, std::shared_ptr<void> owner) {
+py::capsule to_dlpack(const Tensor& tensor, int device_index, std::shared_ptr<void> owner) {
   auto exported = std::make_unique<Exported>();
   exported->owner = std::move(owner);
   const std::size_t rank = tensor.shape.rank();
@@ -94,7 +94,7 @@ py::capsule to_dlpack(const Tensor& tensor, std::shared_ptr<void> owner) {
     stride *= tensor.shape[axis];
   }
   exported->managed.dl_tensor = {tensor.data,
-                                 dl_device(tensor.device),
+                                 dl_device(tensor.device, device_index),
                                  static_cast<std::int32_t>(rank),
                                  dl_dtype(tensor.dtype),
                                  exported->shape.data(),

@@ -14,6 +14,7 @@ PYBIND11_MODULE(_core, module) {
   bind_native_encoder(module);
   bind_updater(module);
   module.def("cpu_isa", &bitfall::cpu_isa);
+  module.def("gpu_index", &bitfall::gpu_index);
   module.def("choose_device", [](const std::string& wanted) {
     const bitfall::DeviceChoice choice = bitfall::choose_device(wanted);
     return pybind11::make_tuple(choice.device, choice.reason);

@@ -12,6 +12,7 @@
 #include "engine/factory.h"
 #include "python/bindings/arrays.h"
 #include "python/bindings/bindings.h"
+#include "python/bindings/device.h"
 #include "python/bindings/padded_batch.h"
 
 namespace py = pybind11;
@@ -81,7 +82,7 @@ class NativePass;
 /// Passes whose backward is still to come have slots of their own, so any number may be waiting.
 class NativeEncoder : public std::enable_shared_from_this<NativeEncoder> {
  public:
-  NativeEncoder(const std::string& config, const std::string& device,
+  NativeEncoder(const std::string& config, const PythonDevice& device,
                 std::optional<std::int64_t> padding_idx)
       : backend_(make_backend(device)),
         config_(parse_encoder_config(config, "config")),
@@ -298,7 +299,7 @@ void bind_native_encoder(py::module_& module) {
       .def("backward", &run_backward, py::arg("d_output"), py::arg("accumulate"),
            py::arg("on_block_ready"));
   py::class_<NativeEncoder, std::shared_ptr<NativeEncoder>>(module, "NativeEncoder")
-      .def(py::init<const std::string&, const std::string&, std::optional<std::int64_t>>(),
+      .def(py::init<const std::string&, const PythonDevice&, std::optional<std::int64_t>>(),
            py::arg("config"), py::arg("device"), py::arg("padding_idx"))
       .def("parameters", &NativeEncoder::parameters)
       .def("bind", &NativeEncoder::bind, py::arg("weights"), py::arg("gradients"))

@@ -59,7 +59,8 @@ CompletedConfig with_layers_of(CompletedConfig config, const std::vector<PythonS
 /// valid during the call.
 class PythonHessian final : public HessianSource {
  public:
-  explicit PythonHessian(py::object object) : object_(std::move(object)) {}
+  PythonHessian(py::object object, int device_index)
+      : object_(std::move(object)), device_index_(device_index) {}
   PythonHessian(const PythonHessian&) = delete;
   PythonHessian& operator=(const PythonHessian&) = delete;
   ~PythonHessian() override {
@@ -74,16 +75,18 @@ class PythonHessian final : public HessianSource {
 
   void multiply(const Tensor& v, const Tensor& product) override {
     const py::gil_scoped_acquire acquire;
-    object_.attr("multiply")(to_dlpack(v, nullptr), to_dlpack(product, nullptr));
+    object_.attr("multiply")(to_dlpack(v, device_index_, nullptr),
+                             to_dlpack(product, device_index_, nullptr));
   }
 
  private:
   py::object object_;
+  int device_index_;
 };
 
-void fill_masters(const ParameterStore& store, const py::function& fill) {
+void fill_masters(const ParameterStore& store, int device_index, const py::function& fill) {
   for (std::size_t index = 0; index < store.parameters().size(); ++index) {
-    fill(index, to_dlpack(store.master(index), nullptr));
+    fill(index, to_dlpack(store.master(index), device_index, nullptr));
   }
 }
 
@@ -91,13 +94,16 @@ void fill_masters(const ParameterStore& store, const py::function& fill) {
 
 PythonUpdater::PythonUpdater(const std::vector<PythonSpec>& specs, const CompletedConfig& config,
                              Communicator& communicator, const PythonGroups& groups,
-                             std::vector<std::string> block_names, const py::function& fill)
-    : backend_(make_backend("cpu")),
+                             std::vector<std::string> block_names, const PythonDevice& device,
+                             const py::function& fill)
+    : backend_(make_backend(device)),
+      device_index_(std::get<int>(device)),
       block_names_(std::move(block_names)),
       loss_buffer_(backend_->allocate(sizeof(float))),
       updater_(
-          *backend_, communicator, with_layers_of(config, specs), to_specs(specs),
-          [&fill](Backend&, const ParameterStore& store) { fill_masters(store, fill); },
+          *backend_, connect_devices(*backend_, communicator), with_layers_of(config, specs),
+          to_specs(specs),
+          [&](Backend&, const ParameterStore& store) { fill_masters(store, device_index_, fill); },
           to_rule(groups)) {
   check<ShapeError>(static_cast<int>(block_names_.size()) == updater_.store().num_blocks(),
                     "Updater: ", block_names_.size(), " names for ", updater_.store().num_blocks(),
@@ -112,9 +118,9 @@ py::dict PythonUpdater::step(const std::vector<py::dict>& groups, const py::obje
     const py::gil_scoped_release release;
     result = updater_.step(
         loss(),
-        [&make_hessian]() -> std::unique_ptr<HessianSource> {
+        [&]() -> std::unique_ptr<HessianSource> {
           const py::gil_scoped_acquire acquire;
-          return std::make_unique<PythonHessian>(make_hessian());
+          return std::make_unique<PythonHessian>(make_hessian(), device_index_);
         },
         [&update_masters] {
           const py::gil_scoped_acquire acquire;

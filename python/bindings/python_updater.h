@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "engine/updater.h"
+#include "python/bindings/device.h"
 
 namespace bitfall::python {
 
@@ -25,9 +26,11 @@ class PythonUpdater {
   /// `block_names` replace those that the engine would make of layer path and number.
   PythonUpdater(const std::vector<PythonSpec>& specs, const CompletedConfig& config,
                 Communicator& communicator, const PythonGroups& groups,
-                std::vector<std::string> block_names, const pybind11::function& fill);
+                std::vector<std::string> block_names, const PythonDevice& device,
+                const pybind11::function& fill);
 
   Updater& updater() { return updater_; }
+  int device_index() const { return device_index_; }
   Tensor loss() const { return loss_buffer_.view(DType::f32, Shape{1}); }
 
   pybind11::dict step(const std::vector<pybind11::dict>& groups,
@@ -40,6 +43,7 @@ class PythonUpdater {
   std::vector<BitStateSpec> states() const;
 
   std::unique_ptr<Backend> backend_;
+  int device_index_;
   std::vector<std::string> block_names_;
   Buffer loss_buffer_;
   Updater updater_;

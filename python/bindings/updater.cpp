@@ -14,9 +14,13 @@ namespace {
 
 using Shared = std::shared_ptr<PythonUpdater>;
 
+py::capsule to_capsule(const Tensor& tensor, const Shared& owner) {
+  return to_dlpack(tensor, owner->device_index(), owner);
+}
+
 py::list to_capsules(const std::vector<Tensor>& tensors, const Shared& owner) {
   py::list list;
-  for (const Tensor& tensor : tensors) list.append(to_dlpack(tensor, owner));
+  for (const Tensor& tensor : tensors) list.append(to_capsule(tensor, owner));
   return list;
 }
 
@@ -40,8 +44,8 @@ py::list owned(const Shared& self) {
     if (range.numel == 0) continue;
     const bool whole = range == parameter.range();
     const Shape shape = whole ? parameter.shape : Shape{range.numel};
-    list.append(py::make_tuple(index, to_dlpack(store.master(range).reshaped(shape), self),
-                               to_dlpack(store.gradient(range).reshaped(shape), self)));
+    list.append(py::make_tuple(index, to_capsule(store.master(range).reshaped(shape), self),
+                               to_capsule(store.gradient(range).reshaped(shape), self)));
   }
   return list;
 }
@@ -55,7 +59,7 @@ py::list moments(const Shared& self) {
   const std::vector<Tensor> first = store.views(updater.optimizer()->exp_avg());
   const std::vector<Tensor> second = store.views(updater.optimizer()->exp_avg_sq());
   for (std::size_t i = 0; i < first.size(); ++i) {
-    list.append(py::make_tuple(to_dlpack(first[i], self), to_dlpack(second[i], self)));
+    list.append(py::make_tuple(to_capsule(first[i], self), to_capsule(second[i], self)));
   }
   return list;
 }
@@ -87,16 +91,17 @@ void bind_updater(py::module_& module) {
   py::class_<PythonUpdater, Shared> updater(module, "Updater");
   updater
       .def(py::init<const std::vector<PythonSpec>&, const CompletedConfig&, Communicator&,
-                    const PythonGroups&, std::vector<std::string>, const py::function&>(),
+                    const PythonGroups&, std::vector<std::string>, const PythonDevice&,
+                    const py::function&>(),
            py::arg("parameters"), py::arg("config"), py::arg("communicator"), py::arg("groups"),
-           py::arg("block_names"), py::arg("fill"), py::keep_alive<1, 4>())
+           py::arg("block_names"), py::arg("device"), py::arg("fill"), py::keep_alive<1, 4>())
       .def("working", &working)
       .def("gradients", &gradients)
       .def("owned", &owned)
       .def("moments", &moments)
       .def("block_offsets", &block_offsets)
       .def_property_readonly("loss",
-                             [](const Shared& self) { return to_dlpack(self->loss(), self); })
+                             [](const Shared& self) { return to_capsule(self->loss(), self); })
       .def_property_readonly("loss_scale", of_updater(&Updater::loss_scale))
       .def_property_readonly("needs_eigenvalues", of_updater(&Updater::needs_eigenvalues))
       .def_property_readonly("reduces_every_micro_batch",

@@ -162,7 +162,9 @@ class NativeEncoder:
     """The BERT encoder without pooler over memory of others, given as (data pointer, dtype, shape) of contiguous
     tensors on `device` that the caller keeps alive; dtype is "f32", "bf16" or "f16"."""
 
-    def __init__(self, config: str, device: str, padding_idx: int | None) -> None:
+    def __init__(
+        self, config: str, device: tuple[str, int, int | None], padding_idx: int | None
+    ) -> None:
         """`config`: text of a config.json. Tokens `padding_idx` leave the gradient of their embedding alone."""
     def parameters(self) -> list[tuple[str, tuple[int, ...], int, bool]]:
         """(name, shape, block or -1, right behind its predecessor) in the order of bind()."""
@@ -199,6 +201,7 @@ class Updater:
         # {"lr", "weight_decay", "betas", "eps", "parameters": rising indices} each; None: the caller updates masters
         groups: list[dict[str, Any]] | None,
         block_names: list[str],
+        device: tuple[str, int, int | None],  # "cpu" or "cuda", number of the GPU, CUDA stream
         fill: Callable[
             [int, Any], Any
         ],  # (index, capsule of the f32 master, valid during the call)
@@ -275,5 +278,8 @@ def quantize(
     """(codes, scales [groups], zero_points [groups]); value = (code + zero_point) * scale."""
 
 def cpu_isa() -> str: ...
+def gpu_index(local_rank: int) -> int:
+    """The number of the GPU for this process. Raises BackendError if there is none."""
+
 def choose_device(wanted: str) -> tuple[str, str]:
     """("cpu" or "cuda", what was found). `wanted` is "auto", "cpu" or "cuda"."""

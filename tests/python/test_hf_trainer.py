@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,9 @@ CONFIG: dict[str, Any] = {
         "quantize_groups": GROUPS,
     },
 }
-SCENARIOS = ("dropout", "stage0", "stage1", "stage2")  # of trainer_scenarios.py
+# Of trainer_scenarios.py: under one process and two, and under one.
+STAGES = ("dropout", "stage0", "stage1", "stage2")
+CURVATURE_AND_FP16 = ("eigenvalues", "eigenvalues_torch", "fp16")
 
 
 def bitfall_run(folder: Path, *words: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
@@ -69,25 +72,43 @@ def bitfall_run(folder: Path, *words: object, ranks: int = 1) -> subprocess.Comp
     )
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
-def trained(
-    request: pytest.FixtureRequest,
+RunScenarios = Callable[..., tuple[Path, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def run_scenarios(
     tiny_model_dir: Path,
     sentiment_files: tuple[Path, Path],
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Path, dict[str, Any], str]:
-    """(folder, results.json of trainer_scenarios.py, what it printed)."""
-    folder = tmp_path_factory.mktemp("trainer")
-    script = Path(__file__).with_name("trainer_scenarios.py")
-    words = (script, tiny_model_dir, *sentiment_files, "test.json", folder)
-    done = bitfall_run(folder, *words, ranks=request.param)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((folder / "results.json").read_text())
-    assert {result["world_size"] for result in results.values()} == {request.param}
-    return folder, results, done.stdout
+) -> RunScenarios:
+    """Gives (folder, results.json) of trainer_scenarios.py."""
+
+    def run(*names: str, ranks: int = 1) -> tuple[Path, dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("trainer")
+        script = Path(__file__).with_name("trainer_scenarios.py")
+        words = (script, tiny_model_dir, *sentiment_files, "test.json", folder, *names)
+        done = bitfall_run(folder, *words, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        results = json.loads((folder / "results.json").read_text())
+        assert {result["world_size"] for result in results.values()} == {ranks}
+        return folder, results
+
+    return run
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
+def trained(
+    request: pytest.FixtureRequest, run_scenarios: RunScenarios
+) -> tuple[Path, dict[str, Any]]:
+    return run_scenarios(*STAGES, ranks=request.param)
+
+
+@pytest.fixture(scope="module")
+def trained_in_one_process(run_scenarios: RunScenarios) -> tuple[Path, dict[str, Any]]:
+    return run_scenarios(*CURVATURE_AND_FP16)
+
+
+@pytest.mark.parametrize("name", STAGES)
 def test_learns_evaluates_and_predicts(trained, name: str):
     result = trained[1][name]
     assert result["accuracy"] >= 0.9
@@ -98,9 +119,12 @@ def test_learns_evaluates_and_predicts(trained, name: str):
     assert result["learning_rate"][-1] < result["learning_rate"][5]
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", STAGES)
 def test_resumes_to_the_same_weights(trained, name: str):
-    folder, results, _ = trained
+    assert_resumed_alike(*trained, name)
+
+
+def assert_resumed_alike(folder: Path, results: dict[str, Any], name: str) -> None:
     whole = load_file(folder / name / "model.safetensors")
     resumed = load_file(folder / f"{name}_resumed" / "model.safetensors")
     assert whole.keys() == resumed.keys()
@@ -109,9 +133,41 @@ def test_resumes_to_the_same_weights(trained, name: str):
     assert results[name]["resumed_loss"] == results[name]["loss"]
 
 
+@pytest.mark.parametrize("name", CURVATURE_AND_FP16)
+def test_eigenvalues_and_fp16_learn_and_resume(trained_in_one_process, name: str):
+    folder, results = trained_in_one_process
+    assert results[name]["accuracy"] >= 0.9
+    assert_resumed_alike(folder, results, name)
+
+
+def test_eigenvalues_are_the_same_with_and_without_the_native_encoder(trained_in_one_process):
+    _, results = trained_in_one_process
+    natively, in_torch = (
+        [step for step in results[name]["eigenvalues"] if step]
+        for name in ("eigenvalues", "eigenvalues_torch")
+    )
+    assert [e["name"] for e in natively[0]] == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+    for ours, theirs in zip(natively[0], in_torch[0], strict=True):
+        assert ours["value"] == pytest.approx(theirs["value"], rel=1e-2)
+    # The layer with the larger one keeps its bits for longer.
+    traces = [list(bits.values()) for bits in results["eigenvalues"]["bits"]]
+    assert any(first != second for first, second, _ in traces)
+
+
+def test_overflow_lowers_the_scale_and_moves_nothing(trained_in_one_process):
+    result = trained_in_one_process[1]["fp16"]
+    skipped, scales = result["skipped"], result["loss_scale"]
+    overflows = skipped.index(False)
+    assert overflows >= 2
+    assert scales[overflows] == 2.0 ** (22 - overflows)
+    assert max(scales[overflows:]) > scales[overflows]  # it grows again
+    assert all(result["bits"][step] == result["bits"][0] for step in range(overflows))
+    assert len(set(result["learning_rate"][:overflows])) == 1
+
+
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
 def test_every_stage_trains_the_same(trained, name: str):
-    _, results, _ = trained
+    _, results = trained
     assert results[name]["loss"] == pytest.approx(results["stage0"]["loss"], rel=1e-2)
     assert results[name]["grad_norm"] == pytest.approx(results["stage0"]["grad_norm"], rel=5e-2)
     assert results[name]["bits"] == results["stage0"]["bits"]

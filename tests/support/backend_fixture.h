@@ -28,7 +28,7 @@ inline std::unique_ptr<Backend> make_test_backend(const BackendCase& which) {
   if (which.device == Device::cpu) return std::make_unique<CpuBackend>(which.isa);
   const CudaLibrary& cuda = cuda_library();
   if (!cuda.problem.empty()) return nullptr;
-  return std::make_unique<MirroredBackend>(cuda.plugin->make_backend(0));
+  return std::make_unique<MirroredBackend>(cuda.plugin->make_backend(0, {}));
 }
 
 /// A backend and tensors that live as long as the test.

@@ -37,7 +37,8 @@ class Announcer:
         numel = sum(entry.parameter.numel() for entry in trained)
         moq = "MoQ on" if config.quantize_enabled else "MoQ off"
         self._progress.message(
-            f"bitfall: {numel:,} parameters in {config.compute_dtype}, {runs}, {optimizer}, {moq},"
+            f"bitfall: {numel:,} parameters in {config.compute_dtype} on"
+            f" {trained[0].parameter.device}, {runs}, {optimizer}, {moq},"
             f" ZeRO stage {stage}, {ranks} rank{'s' if ranks > 1 else ''}"
         )
         for text in relevant_warnings(config):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
 if TYPE_CHECKING:
@@ -58,6 +60,11 @@ def make_loader(
         pin_memory=pin_memory,
         drop_last=drop_last,
     )
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on `device`."""
+    return pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, batch)
 
 
 def call(module: Callable[..., Any], batch: Any) -> Any:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bitfall.bridge.gradients import Gradients
     from bitfall.bridge.layout import Trained
     from bitfall.bridge.optimizer import ClientOptimizer, FusedAdam
+    from bitfall.bridge.placement import Placement
 
 NO_OPTIMIZER = (
     '{call} needs an optimizer: give initialize() one, or the config a section "optimizer"'
@@ -38,8 +39,10 @@ class DeepSpeedEngine(EngineInfo):
         module: torch.nn.Module,
         config: _core.CompletedConfig,
         communicator: _core.Communicator,
+        placement: Placement,
     ) -> None:
         super().__init__(module, config, communicator)
+        self.placement = placement
         self.trained: list[Trained] = []
         self._announcer: Announcer | None = None
         self._working: list[torch.Tensor] = []
@@ -149,7 +152,7 @@ class DeepSpeedEngine(EngineInfo):
             data_iter = self._endless_data()
         losses = []
         for _ in range(self._accumulation_steps):
-            output = data.call(self, next(data_iter))
+            output = data.call(self, data.on_device(next(data_iter), self.device))
             loss = output if isinstance(output, torch.Tensor) else output.loss
             self.backward(loss)
             self.step()
@@ -164,6 +167,7 @@ class DeepSpeedEngine(EngineInfo):
     def _training(self, call: str) -> tuple[_core.Updater, Gradients]:
         if self.updater is None or self.gradients is None:
             raise UsageError(NO_OPTIMIZER.format(call=call))
+        self.placement.check_stream()
         return self.updater, self.gradients
 
     def _hessian(self) -> TorchHessian:

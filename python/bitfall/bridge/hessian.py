@@ -191,9 +191,10 @@ def _explained() -> Iterator[None]:
 def _differentiable(module: torch.nn.Module) -> Iterator[None]:
     """Dropout off, attention by plain operations, and everything as before afterwards."""
     modes = [(child, child.training) for child in module.modules()]
+    device = next(module.parameters()).device
     with (
         torch.enable_grad(),
-        torch.random.fork_rng(devices=[]),
+        torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]),
         _plain_attention(),
         native_encoder.disabled(),
     ):

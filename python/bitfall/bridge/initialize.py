@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitfall import _core
-from bitfall.bridge import layout, native_encoder
+from bitfall.bridge import layout, native_encoder, placement
 from bitfall.bridge.announcement import Announcer
 from bitfall.bridge.config import has_section, read_config
 from bitfall.bridge.engine import DeepSpeedEngine
@@ -55,10 +55,11 @@ def initialize(
     """Trains `model` with DeepSpeed's interface; returns (engine, optimizer, training dataloader or
     None, lr_scheduler or None). Every rank calls it with the same arguments.
 
-    The model's parameters move into the engine's memory, in the precision of the config; the
-    engine's Adam updates them, or `optimizer`, any torch optimizer or a function that makes one of
-    the parameters. Without an optimizer here and in the config the engine only evaluates.
-    `lr_scheduler` is a scheduler, or a function that makes one of the optimizer.
+    The model moves to the device that placement.choose() says, and its parameters there into the
+    engine's memory, in the precision of the config. The engine's Adam updates them, or `optimizer`,
+    any torch optimizer or a function that makes one of the parameters. Without an optimizer here
+    and in the config the engine only evaluates. `lr_scheduler` is a scheduler, or a function that
+    makes one of the optimizer.
 
     Raises ConfigError for the config, InputError for other arguments, UsageError for a model that
     another engine trains.
@@ -79,13 +80,14 @@ def initialize(
     in_config = has_section(completed, "optimizer")
     layout.check_devices(model)
     layout.check_dtypes(model, completed.compute_dtype)
-    engine = DeepSpeedEngine(model, completed, communicator)
+    place = placement.choose(args, communicator)
+    engine = DeepSpeedEngine(model, completed, communicator, place)
     if optimizer is not None or in_config:
         adopted = section is not None and not in_config
         _Builder(engine, optimizer, adopted, model_parameters).build()
         engine.lr_scheduler = make_schedule(lr_scheduler, engine.optimizer, completed)
     else:
-        layout.convert(model, layout.torch_dtype(completed.compute_dtype), [])
+        layout.convert(model, place.device, layout.torch_dtype(completed.compute_dtype), [])
     if training_data is not None:
         engine.training_dataloader = engine.deepspeed_io(training_data, collate_fn=collate_fn)
     _engines[model] = weakref.ref(engine)
@@ -149,12 +151,13 @@ class _Builder:
             engine.communicator,
             self._group_numbers(trained),
             layout.block_names(trained),
+            engine.placement.core,
             lambda index, master: torch.from_dlpack(master).copy_(
                 trained[index].parameter.detach()
             ),
         )
         dtype = layout.torch_dtype(config.compute_dtype)
-        layout.convert(self.module, dtype, trained)
+        layout.convert(self.module, engine.placement.device, dtype, trained)
         for entry, capsule in zip(trained, updater.working(), strict=True):
             entry.parameter.data = torch.from_dlpack(capsule)
             entry.parameter.grad = None
@@ -222,7 +225,8 @@ class _Builder:
             names = [place.name for place in native_encoder.parameter_layout(self.module)]
             gradients = NativeGradients(names, trained, slices, **options)
             native_slices = {name: by_name[name] for name in names}
-            encoder = native_encoder.install(self.module, native_slices, gradients)
+            core = self.engine.placement.core
+            encoder = native_encoder.install(self.module, native_slices, gradients, core)
             self.on_destroy += [encoder.uninstall, gradients.remove]
             return gradients
         plain = Gradients(trained, slices, **options)

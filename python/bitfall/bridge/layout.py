@@ -138,12 +138,12 @@ def specs(trained: Sequence[Trained]) -> list[tuple[str, list[int], int, bool]]:
 
 
 def check_devices(module: torch.nn.Module) -> None:
-    """Raises InputError for parameters that are not in the memory of the CPU."""
+    """Raises InputError for parameters that are neither in host memory nor on a GPU of CUDA."""
     for name, parameter in module.named_parameters():
-        if parameter.device.type != "cpu":
+        if parameter.device.type not in ("cpu", "cuda"):
             raise InputError(
-                f"initialize: '{name}' is on {parameter.device}, but torch modules are trained on"
-                " CPUs only so far: leave the model there (Hugging Face's Trainer: --use_cpu)"
+                f"initialize: '{name}' is on {parameter.device}, expected cpu or cuda: load the"
+                " model there (low_cpu_mem_usage and torch.device('meta') give it no weights)"
             )
 
 
@@ -164,17 +164,26 @@ def check_dtypes(module: torch.nn.Module, compute_dtype: str) -> None:
         )
 
 
-def convert(module: torch.nn.Module, dtype: torch.dtype, trained: Sequence[Trained]) -> None:
-    """Casts floating buffers, and the parameters that the engine does not train."""
+def convert(
+    module: torch.nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    trained: Sequence[Trained],
+) -> None:
+    """Moves buffers and the parameters that the engine does not train, and casts floating ones."""
+
+    def converted(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
     ours = {entry.parameter for entry in trained}
     with torch.no_grad():
         for parameter in module.parameters():
-            if parameter not in ours and parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
+            if parameter not in ours:
+                parameter.data = converted(parameter.data)
         for child in module.modules():
             for name, buffer in child.named_buffers(recurse=False):
-                if buffer.is_floating_point() and buffer.dtype != dtype:
-                    setattr(child, name, buffer.to(dtype))
+                if (moved := converted(buffer)) is not buffer:
+                    setattr(child, name, moved)
 
 
 def torch_dtype(compute_dtype: str) -> torch.dtype:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from bitfall import _core
-from bitfall.bridge import native_call
+from bitfall.bridge import native_call, placement
 from bitfall.bridge.native_selection import (
     bert_models,
     fingerprint,
@@ -87,6 +87,7 @@ def install(
     module: torch.nn.Module,
     gradients: Mapping[str, torch.Tensor],
     sink: GradientSink | None = None,
+    device: placement.CoreDevice = placement.CPU,
 ) -> NativeEncoder:
     """Runs the BertModel in `module` natively until uninstall().
 
@@ -94,14 +95,14 @@ def install(
     parameter's shape, to which every backward pass adds unless `sink` says otherwise; query, key
     and value adjacent, as the parameters. If all passes overwrite, blocks may share memory that is
     read in sink.complete(). The parameters' own .grad is left alone. Weights are read where the
-    parameters lie at each call.
+    parameters lie at each call, which is on `device`.
 
     Raises InputError with unsupported_reason(module) if there is one, ShapeError if the memory of
     parameters or gradients does not fit.
     """
     layout = parameter_layout(module)
     slices = [gradients[placement.name] for placement in layout]
-    native = NativeEncoder(module, slices, sink or GradientSink())
+    native = NativeEncoder(module, slices, sink or GradientSink(), device)
     native.install()
     return native
 
@@ -110,7 +111,11 @@ class NativeEncoder:
     """The native side of one BertModel; see the module's docstring."""
 
     def __init__(
-        self, module: torch.nn.Module, gradients: list[torch.Tensor], sink: GradientSink
+        self,
+        module: torch.nn.Module,
+        gradients: list[torch.Tensor],
+        sink: GradientSink,
+        device: placement.CoreDevice,
     ) -> None:
         self.module = module
         self.sink = sink
@@ -128,7 +133,6 @@ class NativeEncoder:
         self._bound: list[torch.Tensor] = []
         self._pointers: list[int] = []
         table = self.bert.embeddings.word_embeddings
-        device = table.weight.device.type
         self.core = _core.NativeEncoder(native_config(self.bert), device, table.padding_idx)
         self._find_parameters()
         self._bind(self.parameters())

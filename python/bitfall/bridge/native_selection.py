@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bitfall._core import Error, NativeEncoder
+from bitfall.bridge.placement import CPU
 from bitfall.errors import InputError
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _layout(prefix: str, bert: Any) -> list[ParameterPlacement]:
     return [
         ParameterPlacement(prefix + name.removeprefix("bert."), shape, block, adjacent)
         for name, shape, block, adjacent in NativeEncoder(
-            native_config(bert), "cpu", None
+            native_config(bert), CPU, None
         ).parameters()
     ]
 

@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 
+from bitfall.bridge.placement import accelerator_name
+
 
 class Accelerator:
-    """CUDA where torch has it, otherwise the CPU. Other names are torch.cuda's or torch.cpu's."""
+    """CUDA where torch has it, otherwise the CPU, or as DS_ACCELERATOR says. Other names are
+    torch.cuda's or torch.cpu's."""
 
     def __init__(self) -> None:
-        self._name = "cuda" if torch.cuda.is_available() else "cpu"
+        self._name = accelerator_name()
 
     def device_name(self, device_index: int | None = None) -> str:
         """ "cuda", "cuda:0" or "cpu"."""
