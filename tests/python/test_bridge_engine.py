@@ -283,3 +283,4 @@ def test_memory_outlives_the_engine() -> None:
     gc.collect()
     assert_equal(weights(model), expected)
     assert copy.deepcopy(model).embed.weight.shape == (24, 16)
+    train(start(model)[0], 1)  # no hook of the first engine is left

@@ -64,6 +64,9 @@ def test_a_second_initialize() -> None:
         start(model)
     with pytest.raises(UsageError, match="an engine already"):
         start(engine)
+    for with_the_same_parameters in (model.layers[0], torch.nn.Sequential(model)):
+        with pytest.raises(UsageError, match="or a part of it"):
+            start(with_the_same_parameters)
     engine.destroy()
     other = start(model)
     train(other)
@@ -76,8 +79,9 @@ def test_step_before_backward() -> None:
     with pytest.raises(UsageError, match=r"call engine\.backward"):
         engine.step()
     train(engine)
-    with pytest.raises(UsageError, match=r"call engine\.backward"):
-        engine.step()
+    for step in (engine.step, engine.optimizer.step):
+        with pytest.raises(UsageError, match=r"call engine\.backward"):
+            step()
 
 
 def test_loss_backward_outside_of_the_engine() -> None:
@@ -111,6 +115,14 @@ def test_unfrozen_after_initialize() -> None:
     model.head.bias.requires_grad_(True)
     engine.backward(engine(*batches(1)[0]))
     with pytest.raises(UsageError, match=r"head\.bias.*frozen"):
+        engine.step()
+
+
+def test_a_parameter_that_came_after_initialize() -> None:
+    engine = start()
+    engine.module.head.bias = torch.nn.Parameter(torch.zeros(24))
+    engine.backward(engine(*batches(1)[0]))
+    with pytest.raises(UsageError, match=r"head\.bias' was not in the model"):
         engine.step()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,9 +47,11 @@ class DeepSpeedEngine(EngineInfo):
         self.trained: list[Trained] = []
         self._announcer: Announcer | None = None
         self._working: list[torch.Tensor] = []
-        self._others: list[tuple[str, torch.nn.Parameter, bool]] = []
+        # Parameters at initialize(): trained here, or whether they required a gradient.
+        self._ours: set[torch.nn.Parameter] = set()
+        self._others: dict[torch.nn.Parameter, bool] = {}
         self._casts_inputs = bool(self.config.get("fp16", {}).get("auto_cast", False))
-        self._on_destroy: list[Callable[[], None]] = []
+        self._release: weakref.finalize[..., Any] | None = None
 
     def attach(
         self,
@@ -63,14 +66,16 @@ class DeepSpeedEngine(EngineInfo):
         self.updater, self.trained, self.gradients = updater, trained, gradients
         self.optimizer = optimizer
         self._announcer = announcer
-        self._on_destroy = on_destroy
+        # Hooks on the module must not outlive the engine, also if nobody calls destroy().
+        self._release = weakref.finalize(self, _call_all, on_destroy)
+        self._release.atexit = False
         self._working = [entry.parameter.data for entry in trained]
-        ours = {entry.parameter for entry in trained}
-        self._others = [
-            (name, parameter, parameter.requires_grad)
-            for name, parameter in self.module.named_parameters()
-            if parameter not in ours
-        ]
+        self._ours = {entry.parameter for entry in trained}
+        self._others = {
+            parameter: parameter.requires_grad
+            for parameter in self.module.parameters()
+            if parameter not in self._ours
+        }
         self._loss = torch.from_dlpack(updater.loss)
 
     # --- the training step
@@ -116,10 +121,7 @@ class DeepSpeedEngine(EngineInfo):
         _, gradients = self._training("engine.step()")
         if self._in_no_sync:
             raise UsageError("engine.step() inside of no_sync(): leave it first")
-        if not gradients.any_filled:
-            raise UsageError(
-                "engine.step() without a gradient: call engine.backward(loss) before each step()"
-            )
+        _check_filled(gradients, "engine.step()")
         if self.is_gradient_accumulation_boundary():
             assert self.optimizer is not None
             self.optimizer.step()
@@ -132,6 +134,7 @@ class DeepSpeedEngine(EngineInfo):
         """The update itself: what optimizer.step() calls."""
         updater, gradients = self._training("optimizer.step()")
         assert self.optimizer is not None
+        _check_filled(gradients, "optimizer.step()")
         self._check_memory()
         gradients.finish()
         result = updater.step(self.optimizer.numbers(), self._hessian, update_masters)
@@ -182,12 +185,15 @@ class DeepSpeedEngine(EngineInfo):
                     f"parameter '{entry.name}' has left the engine's memory (model.to(), .half() or"
                     " an assignment to .data after initialize()): convert the model before it"
                 )
-        for name, parameter, required_grad in self._others:
+        for name, parameter in self.module.named_parameters():
+            if parameter in self._ours:
+                continue
             parameter.grad = None  # not in model_parameters: DeepSpeed clears it too
-            if parameter.requires_grad and not required_grad:
+            if parameter.requires_grad and not self._others.get(parameter, False):
+                was = "was frozen" if parameter in self._others else "was not in the model"
                 raise UsageError(
-                    f"parameter '{name}' was frozen at initialize() and requires a gradient now:"
-                    " set requires_grad before initialize()"
+                    f"parameter '{name}' {was} at initialize() and requires a gradient now: build"
+                    " the model and set requires_grad before initialize()"
                 )
 
     # --- checkpoints and the end
@@ -257,15 +263,26 @@ class DeepSpeedEngine(EngineInfo):
 
     def destroy(self) -> None:
         """Gives the module its own memory back; it can be trained by another engine then."""
-        for function in self._on_destroy:
-            function()
-        self._on_destroy = []
+        if self._release is not None:
+            self._release()
         if self.updater is not None:
             for entry in self.trained:
                 entry.parameter.data = entry.parameter.data.clone()
                 entry.parameter.grad = None
         self.updater, self.gradients, self.trained, self._working = None, None, [], []
-        self._others = []
+        self._ours, self._others = set(), {}
+
+
+def _call_all(functions: list[Callable[[], None]]) -> None:
+    for function in functions:
+        function()
+
+
+def _check_filled(gradients: Gradients, call: str) -> None:
+    if not gradients.any_filled:
+        raise UsageError(
+            f"{call} without a gradient: call engine.backward(loss) before each step()"
+        )
 
 
 def _check_loss(loss: Any) -> None:

@@ -31,10 +31,7 @@ if TYPE_CHECKING:
 
     from bitfall.bridge.layout import Trained
 
-# module -> engine that trains it
-_engines: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[DeepSpeedEngine]] = (
-    weakref.WeakKeyDictionary()
-)
+_engines: weakref.WeakSet[DeepSpeedEngine] = weakref.WeakSet()
 
 
 def initialize(
@@ -90,7 +87,7 @@ def initialize(
         layout.convert(model, place.device, layout.torch_dtype(completed.compute_dtype), [])
     if training_data is not None:
         engine.training_dataloader = engine.deepspeed_io(training_data, collate_fn=collate_fn)
-    _engines[model] = weakref.ref(engine)
+    _engines.add(engine)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
@@ -99,12 +96,11 @@ def _check_model(model: Any) -> torch.nn.Module:
         raise UsageError("initialize(model): this is an engine already; pass the model itself")
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"initialize(model={type(model).__name__}): expected a torch.nn.Module")
-    reference = _engines.get(model)
-    earlier = reference() if reference is not None else None
-    if earlier is not None and earlier.updater is not None:
+    parameters = set(model.parameters())
+    if any(entry.parameter in parameters for engine in _engines for entry in engine.trained):
         raise UsageError(
-            "initialize(model): another engine trains this model; call its destroy() first, or make"
-            " a new model"
+            "initialize(model): another engine trains this model, or a part of it; call its"
+            " destroy() first, or make a new model"
         )
     return model
 

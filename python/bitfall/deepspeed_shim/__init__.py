@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 try:
     import torch  # noqa: F401
-except ModuleNotFoundError as error:
+except ModuleNotFoundError:
     raise ImportError(
         "deepspeed under 'bitfall run' needs PyTorch: pip install 'bitfall[torch]'"
-    ) from error
+    ) from None
 
 from bitfall.bridge import DeepSpeedEngine
 from bitfall.bridge.initialize import initialize as bitfall_initialize
