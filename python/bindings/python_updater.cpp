@@ -13,6 +13,7 @@ namespace {
 
 std::vector<ParameterSpec> to_specs(const std::vector<PythonSpec>& entries) {
   std::vector<ParameterSpec> specs;
+  specs.reserve(entries.size());
   for (const auto& [name, shape, block, adjacent] : entries) {
     specs.push_back(
         {name, Shape(shape), block, adjacent ? Placement::adjacent : Placement::aligned});
@@ -35,6 +36,7 @@ ParameterGroup to_group(const py::dict& dict) {
 
 std::vector<ParameterGroup> to_groups(const std::vector<py::dict>& dicts) {
   std::vector<ParameterGroup> groups;
+  groups.reserve(dicts.size());
   for (const py::dict& dict : dicts) groups.push_back(to_group(dict));
   return groups;
 }
