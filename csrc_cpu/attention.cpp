@@ -148,13 +148,12 @@ void set_gradients(const AttentionTensors& t, const Tensor& dqkv, std::int64_t u
 
 /// Calls run(unit, scratch of the thread) for every (sequence, head).
 template <typename Run>
-void for_each_head(const AttentionTensors& t, std::byte* scratch, std::size_t bytes_per_thread,
-                   const Run& run) {
+void for_each_head(const AttentionTensors& t, const ThreadScratch& scratch, const Run& run) {
   const std::vector<std::int64_t> bounds = partition(t, omp_get_max_threads());
 #pragma omp parallel for schedule(static)
   for (std::size_t share = 0; share < bounds.size() - 1; ++share) {
     for (std::int64_t unit = bounds[share]; unit < bounds[share + 1]; ++unit) {
-      run(unit, scratch + share * bytes_per_thread);
+      run(unit, scratch.memory + share * scratch.bytes_per_thread);
     }
   }
 }
@@ -174,8 +173,6 @@ struct TangentTensors {
   }
 };
 
-std::size_t round_up_to_line(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
-
 }  // namespace
 
 void CpuBackend::attention_forward(const AttentionShape& shape, const Tensor& qkv,
@@ -185,10 +182,9 @@ void CpuBackend::attention_forward(const AttentionShape& shape, const Tensor& qk
   const AttentionTensors t{shape, qkv, sequence_starts, sample_keys, out, log_sum_exp};
   const std::int64_t longest = check_attention("attention_forward", t, dropout);
   const AttentionKernels& kernels = *kernels_.attention;
-  const std::size_t bytes =
-      round_up_to_line(kernels.forward_scratch_bytes(qkv.dtype, longest, shape.head_size));
-  std::byte* memory = static_cast<std::byte*>(scratch(omp_get_max_threads() * bytes));
-  for_each_head(t, memory, bytes, [&](std::int64_t unit, std::byte* own) {
+  const ThreadScratch memory =
+      thread_scratch(kernels.forward_scratch_bytes(qkv.dtype, longest, shape.head_size));
+  for_each_head(t, memory, [&](std::int64_t unit, std::byte* own) {
     kernels.forward(qkv.dtype, make_head(t, dropout, unit), own);
   });
 }
@@ -203,10 +199,9 @@ void CpuBackend::attention_backward(const AttentionShape& shape, const Tensor& d
   check_tensor("attention_backward", "dout", dout, qkv.dtype, {tokens, hidden});
   check_tensor("attention_backward", "dqkv", dqkv, qkv.dtype, {tokens, 3 * hidden});
   const AttentionKernels& kernels = *kernels_.attention;
-  const std::size_t bytes =
-      round_up_to_line(kernels.backward_scratch_bytes(qkv.dtype, longest, shape.head_size));
-  std::byte* memory = static_cast<std::byte*>(scratch(omp_get_max_threads() * bytes));
-  for_each_head(t, memory, bytes, [&](std::int64_t unit, std::byte* own) {
+  const ThreadScratch memory =
+      thread_scratch(kernels.backward_scratch_bytes(qkv.dtype, longest, shape.head_size));
+  for_each_head(t, memory, [&](std::int64_t unit, std::byte* own) {
     AttentionHead head = make_head(t, dropout, unit);
     head.dout = head_column(t, dout, unit);
     set_gradients(t, dqkv, unit, head);
@@ -223,10 +218,9 @@ void CpuBackend::attention_forward_tangent(const AttentionShape& shape,
   const std::int64_t longest = check_attention(kName, t.value, {});
   const AttentionTangentKernels& kernels = *kernels_.attention_tangent;
   const DType dtype = tangents.qkv.dtype;
-  const std::size_t bytes =
-      round_up_to_line(kernels.forward_scratch_bytes(dtype, longest, shape.head_size));
-  std::byte* memory = static_cast<std::byte*>(scratch(omp_get_max_threads() * bytes));
-  for_each_head(t.value, memory, bytes, [&](std::int64_t unit, std::byte* own) {
+  const ThreadScratch memory =
+      thread_scratch(kernels.forward_scratch_bytes(dtype, longest, shape.head_size));
+  for_each_head(t.value, memory, [&](std::int64_t unit, std::byte* own) {
     kernels.forward(dtype, t.head(unit), own);
   });
 }
@@ -243,10 +237,9 @@ void CpuBackend::attention_backward_tangent(const AttentionShape& shape,
   const std::int64_t longest = check_attention(kName, t.value, {});
   const AttentionTangentKernels& kernels = *kernels_.attention_tangent;
   const DType dtype = tangents.qkv.dtype;
-  const std::size_t bytes =
-      round_up_to_line(kernels.backward_scratch_bytes(dtype, longest, shape.head_size));
-  std::byte* memory = static_cast<std::byte*>(scratch(omp_get_max_threads() * bytes));
-  for_each_head(t.value, memory, bytes, [&](std::int64_t unit, std::byte* own) {
+  const ThreadScratch memory =
+      thread_scratch(kernels.backward_scratch_bytes(dtype, longest, shape.head_size));
+  for_each_head(t.value, memory, [&](std::int64_t unit, std::byte* own) {
     AttentionHeadTangent head = t.head(unit);
     head.value.dout = head_column(t.value, dout, unit);
     head.tangent.dout = head_column(t.value, dout_tangent, unit);

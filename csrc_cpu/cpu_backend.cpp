@@ -1,5 +1,6 @@
 #include "csrc_cpu/cpu_backend.h"
 
+#include <omp.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -53,6 +54,12 @@ void CpuBackend::fill_zero(const Tensor& destination) {
 void* CpuBackend::scratch(std::size_t bytes) {
   if (scratch_.bytes() < bytes) scratch_ = allocate(bytes);
   return scratch_.memory().get();
+}
+
+ThreadScratch CpuBackend::thread_scratch(std::size_t bytes_per_thread) {
+  const std::size_t rounded = (bytes_per_thread + kAlignment - 1) / kAlignment * kAlignment;
+  const auto threads = static_cast<std::size_t>(omp_get_max_threads());
+  return {static_cast<std::byte*>(scratch(threads * rounded)), rounded};
 }
 
 }  // namespace bitfall

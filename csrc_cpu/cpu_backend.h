@@ -18,6 +18,12 @@ namespace bitfall {
 class MatmulCache;
 struct MatmulSpec;
 
+/// Memory of thread i: bytes_per_thread from memory + i * bytes_per_thread.
+struct ThreadScratch {
+  std::byte* memory = nullptr;
+  std::size_t bytes_per_thread = 0;
+};
+
 class CpuBackend final : public Backend {
  public:
   /// Uses the instruction set of choose_isa().
@@ -120,6 +126,8 @@ class CpuBackend final : public Backend {
 
   /// Memory of at least `bytes` that the next call may overwrite; grows and is kept between steps.
   void* scratch(std::size_t bytes);
+  /// The same for each thread of a parallel region, each from the beginning of a cache line.
+  ThreadScratch thread_scratch(std::size_t bytes_per_thread);
   /// y (+)= x weight (+ bias), by way of f32 copies where the CPU does not multiply the dtype.
   void multiply_rows(const MatmulSpec& spec, const Tensor& x, const Tensor& weight,
                      const Tensor& bias, const Tensor& y, const AfterRows& after);

@@ -15,21 +15,42 @@ std::int64_t rows_per_partial(std::int64_t rows) {
   return std::max(kSmallest, (rows + kMostPartials - 1) / kMostPartials);
 }
 
-/// Sums of gradients of gamma and beta, [partials, 2, H], that ranges of rows left.
-struct PartialSums {
-  float* sums;
-  std::int64_t partials, hidden_size;
-};
+/// Gradients of gamma and beta: sums over ranges of rows, [partials, 2, H] f32, and their sum.
+class PartialSums {
+ public:
+  PartialSums(std::int64_t rows, std::int64_t hidden_size)
+      : rows_(rows),
+        hidden_size_(hidden_size),
+        chunk_(rows_per_partial(rows)),
+        partials_((rows + chunk_ - 1) / chunk_) {}
 
-void add_partials(const ElementwiseKernels& kernels, const PartialSums& partial, float* dgamma,
-                  float* dbeta) {
-  const std::int64_t size = partial.hidden_size;
-  for (std::int64_t index = 0; index < partial.partials; ++index) {
-    const float* sums = partial.sums + index * 2 * size;
-    kernels.accumulate(DType::f32, sums, dgamma, size);
-    kernels.accumulate(DType::f32, sums + size, dbeta, size);
+  std::size_t bytes() const { return static_cast<std::size_t>(partials_) * bytes_each(); }
+
+  /// Calls kernel(begin, end, dgamma, dbeta), which adds its rows to both, and leaves what all have
+  /// added in `dgamma` and `dbeta`, on top of what is there.
+  template <typename Kernel>
+  void add(void* memory, const ElementwiseKernels& kernels, const Kernel& kernel,
+           const Tensor& dgamma, const Tensor& dbeta) const {
+    auto* const sums = static_cast<float*>(memory);
+    parallel_ranges(rows_, chunk_, [&](std::int64_t begin, std::int64_t end) {
+      float* const own = sums + begin / chunk_ * 2 * hidden_size_;
+      std::memset(own, 0, bytes_each());
+      kernel(begin, end, own, own + hidden_size_);
+    });
+    for (std::int64_t index = 0; index < partials_; ++index) {
+      const float* const part = sums + index * 2 * hidden_size_;
+      kernels.accumulate(DType::f32, part, dgamma.as<float>(), hidden_size_);
+      kernels.accumulate(DType::f32, part + hidden_size_, dbeta.as<float>(), hidden_size_);
+    }
   }
-}
+
+ private:
+  std::size_t bytes_each() const {
+    return 2 * static_cast<std::size_t>(hidden_size_) * sizeof(float);
+  }
+
+  std::int64_t rows_, hidden_size_, chunk_, partials_;
+};
 
 }  // namespace
 
@@ -42,22 +63,17 @@ void CpuBackend::layer_norm_forward(const LayerNormForward& args) {
 
 void CpuBackend::layer_norm_backward(const LayerNormBackward& args) {
   check_layer_norm(args);
-  const std::int64_t rows = args.dy.shape[0], hidden_size = args.dy.shape[1];
-  const std::int64_t chunk = rows_per_partial(rows);
-  const std::int64_t partials = (rows + chunk - 1) / chunk;
-  const std::size_t partial_bytes = 2 * static_cast<std::size_t>(hidden_size) * sizeof(float);
-  auto* sums = static_cast<float*>(scratch(static_cast<std::size_t>(partials) * partial_bytes));
-  parallel_ranges(rows, chunk, [&](std::int64_t begin, std::int64_t end) {
-    float* dgamma = sums + begin / chunk * 2 * hidden_size;
-    std::memset(dgamma, 0, partial_bytes);
-    kernels_.layer_norm->backward(args, begin, end, dgamma, dgamma + hidden_size);
-  });
+  const PartialSums partials(args.dy.shape[0], args.dy.shape[1]);
   if (args.accumulate == Accumulate::no) {
     fill_zero(args.dgamma);
     fill_zero(args.dbeta);
   }
-  add_partials(*kernels_.elementwise, {sums, partials, hidden_size}, args.dgamma.as<float>(),
-               args.dbeta.as<float>());
+  partials.add(
+      scratch(partials.bytes()), *kernels_.elementwise,
+      [&](std::int64_t begin, std::int64_t end, float* dgamma, float* dbeta) {
+        kernels_.layer_norm->backward(args, begin, end, dgamma, dbeta);
+      },
+      args.dgamma, args.dbeta);
 }
 
 void CpuBackend::layer_norm_forward_tangent(const LayerNormForwardTangent& args) {
@@ -76,19 +92,15 @@ void CpuBackend::layer_norm_backward_tangent(const LayerNormBackwardTangent& arg
     });
     return;
   }
-  const std::int64_t chunk = rows_per_partial(rows);
-  const std::int64_t partials = (rows + chunk - 1) / chunk;
-  const std::size_t partial_bytes = 2 * static_cast<std::size_t>(hidden_size) * sizeof(float);
-  auto* sums = static_cast<float*>(scratch(static_cast<std::size_t>(partials) * partial_bytes));
-  parallel_ranges(rows, chunk, [&](std::int64_t begin, std::int64_t end) {
-    float* dgamma = sums + begin / chunk * 2 * hidden_size;
-    std::memset(dgamma, 0, partial_bytes);
-    kernels_.layer_norm->backward_tangent(args, begin, end, dgamma, dgamma + hidden_size);
-  });
+  const PartialSums partials(rows, hidden_size);
   fill_zero(args.dgamma_tangent);
   fill_zero(args.dbeta_tangent);
-  add_partials(*kernels_.elementwise, {sums, partials, hidden_size},
-               args.dgamma_tangent.as<float>(), args.dbeta_tangent.as<float>());
+  partials.add(
+      scratch(partials.bytes()), *kernels_.elementwise,
+      [&](std::int64_t begin, std::int64_t end, float* dgamma, float* dbeta) {
+        kernels_.layer_norm->backward_tangent(args, begin, end, dgamma, dbeta);
+      },
+      args.dgamma_tangent, args.dbeta_tangent);
 }
 
 }  // namespace bitfall

@@ -206,16 +206,13 @@ void CudaBackend::layer_norm_backward(const LayerNormBackward& args) {
   check_layer_norm(args);
   const std::int64_t rows = args.dy.shape[0], columns = args.dy.shape[1];
   if (columns == 0) return;
-  const std::int64_t per_warp = rows_per_warp(rows), parts = (rows + per_warp - 1) / per_warp;
-  const std::int64_t numel = parts * columns;
-  const std::int64_t floats = 2 * numel + column_sums_work(parts, columns);
+  const NormGradients partial(rows, columns);
+  const std::int64_t numel = partial.numel();
+  const std::int64_t floats = 2 * numel + column_sums_work(partial.warps, columns);
   auto* const dgamma = static_cast<float*>(scratch(static_cast<std::size_t>(floats) * 4));
   float* const dbeta = dgamma + numel;
   if (rows > 0) {
-    const int warps = warps_per_block("layer_norm_backward", 2 * columns, columns);
-    const auto blocks = static_cast<unsigned>((parts + warps - 1) / warps);
-    const std::size_t shared_bytes =
-        2 * static_cast<std::size_t>(warps) * static_cast<std::size_t>(columns) * sizeof(float);
+    const NormGradients::Launch launch = partial.launch("layer_norm_backward");
     const cudaStream_t stream = this->stream();
     visit_dtype(args.dy.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
@@ -232,15 +229,14 @@ void CudaBackend::layer_norm_backward(const LayerNormBackward& args) {
                                     dbeta,
                                     rows,
                                     columns,
-                                    per_warp,
-                                    parts};
+                                    rows_per_warp(rows),
+                                    partial.warps};
       backward_kernel<T>
-          <<<blocks, dim3(kWarpThreads, static_cast<unsigned>(warps)), shared_bytes, stream>>>(
-              device_args);
+          <<<launch.blocks, launch.threads, launch.shared_bytes, stream>>>(device_args);
     });
     check_launch("layer_norm_backward");
   }
-  const Shape shape{parts, columns};
+  const Shape shape{partial.warps, columns};
   column_sums({dgamma, DType::f32, shape, Device::cuda}, args.dgamma, args.accumulate,
               dbeta + numel);
   column_sums({dbeta, DType::f32, shape, Device::cuda}, args.dbeta, args.accumulate, dbeta + numel);

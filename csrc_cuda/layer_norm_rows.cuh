@@ -5,6 +5,8 @@
 #include <cstdint>
 
 #include "core/error.h"
+#include "csrc_cuda/cuda_backend.h"
+#include "csrc_cuda/reduce.cuh"
 
 namespace bitfall {
 
@@ -25,5 +27,31 @@ inline std::int64_t rows_per_warp(std::int64_t rows) {
   constexpr std::int64_t kFewest = 4, kMostWarps = 1024;
   return std::max(kFewest, (rows + kMostWarps - 1) / kMostWarps);
 }
+
+/// Gradients of gamma and beta on their way: each warp of a backward kernel leaves the sums over
+/// its rows in a row of [warps, columns] f32, one such matrix for gamma and one for beta.
+struct NormGradients {
+  std::int64_t rows, columns, warps;
+
+  NormGradients(std::int64_t rows, std::int64_t columns)
+      : rows(rows),
+        columns(columns),
+        warps((rows + rows_per_warp(rows) - 1) / rows_per_warp(rows)) {}
+
+  std::int64_t numel() const { return warps * columns; }
+
+  struct Launch {
+    unsigned blocks;
+    dim3 threads;
+    std::size_t shared_bytes;
+  };
+  Launch launch(const char* operation) const {
+    const int per_block = warps_per_block(operation, 2 * columns, columns);
+    return {static_cast<unsigned>((warps + per_block - 1) / per_block),
+            dim3(kWarpThreads, static_cast<unsigned>(per_block)),
+            2 * static_cast<std::size_t>(per_block) * static_cast<std::size_t>(columns) *
+                sizeof(float)};
+  }
+};
 
 }  // namespace bitfall

@@ -4,6 +4,21 @@
 #include "engine/encoder_layer.h"
 
 namespace bitfall {
+namespace {
+
+/// A tensor and its tangent.
+struct Dual {
+  Tensor value, tangent;
+};
+
+/// Tangents of the gradients of a linear layer: dweight = dy^T x, dbias = column sums of dy.
+void weight_gradient_tangent(Backend& backend, const Dual& dy, const Dual& x, const Tensor& dweight,
+                             const Tensor& dbias) {
+  backend.linear_backward_weight(dy.tangent, x.value, dweight, dbias, Accumulate::no);
+  backend.linear_backward_weight(dy.value, x.tangent, dweight, {}, Accumulate::yes);
+}
+
+}  // namespace
 
 void EncoderLayer::forward_tangent(const EncoderPass& pass, const LayerHessian& hessian,
                                    std::span<const Tensor> direction, const Tensor& input_tangent,
@@ -159,11 +174,9 @@ void EncoderLayer::output_weight_tangent(const EncoderPass& pass, const LayerHes
   const Tensor activated = first_part(pass.scratch.wide_tangent, wide);
   backend.activation_backward(config_.hidden_act, saved_.pre_activation,
                               hessian.tangents.pre_activation, activated_tangent, activated);
-  const Tensors& product = direction.product;
-  backend.linear_backward_weight(d_output_sum_tangent, activated, product.output_weight,
-                                 product.output_bias, Accumulate::no);
-  backend.linear_backward_weight(hessian.gradients.output_sum, activated_tangent,
-                                 product.output_weight, {}, Accumulate::yes);
+  weight_gradient_tangent(backend, {hessian.gradients.output_sum, d_output_sum_tangent},
+                          {activated, activated_tangent}, direction.product.output_weight,
+                          direction.product.output_bias);
 }
 
 /// Tangent of d_pre_activation^T attention_output, from that of d_pre_activation [R, F]; and the
@@ -173,18 +186,17 @@ void EncoderLayer::intermediate_weight_tangent(const EncoderPass& pass, const La
                                                const Tensor& d_pre_activation_tangent,
                                                const Tensor& d_rows) {
   Backend& backend = pass.backend;
-  const Tensors& product = direction.product;
-  backend.linear_backward_weight(d_pre_activation_tangent, attention_norm(pass, {}),
-                                 product.intermediate_weight, product.intermediate_bias,
-                                 Accumulate::no);
   const Tensor d_pre_activation =
       first_part(pass.scratch.wide_tangent, saved_.pre_activation.shape);
   backend.activation_backward(config_.hidden_act, saved_.pre_activation,
                               hessian.gradients.activated, d_pre_activation, {});
-  const Tensor attention_output_tangent = first_part(pass.scratch.hidden, d_rows.shape);
+  const Tensor attention_output = attention_norm(pass, {});
+  const Tensor attention_output_tangent = first_part(pass.scratch.d_dense, d_rows.shape);
   attention_norm_tangent(pass, hessian.tangents, direction, attention_output_tangent);
-  backend.linear_backward_weight(d_pre_activation, attention_output_tangent,
-                                 product.intermediate_weight, {}, Accumulate::yes);
+  weight_gradient_tangent(backend, {d_pre_activation, d_pre_activation_tangent},
+                          {attention_output, attention_output_tangent},
+                          direction.product.intermediate_weight,
+                          direction.product.intermediate_bias);
   backend.linear_backward_input(d_pre_activation, direction.weights.intermediate_weight, d_rows,
                                 Accumulate::yes);
 }
@@ -211,13 +223,11 @@ void EncoderLayer::attention_output_backward_tangent(const EncoderPass& pass,
   backend.layer_norm_backward_tangent(norm);
   backend.linear_backward_input(d_rows, weights_.attention_weight, d_context_rows, Accumulate::no);
   if (!direction.given()) return;
-  const Tensors& product = direction.product;
   backend.linear_backward_input(gradients.attention_sum, direction.weights.attention_weight,
                                 d_context_rows, Accumulate::yes);
-  backend.linear_backward_weight(d_rows, saved_.context_rows, product.attention_weight,
-                                 product.attention_bias, Accumulate::no);
-  backend.linear_backward_weight(gradients.attention_sum, hessian.tangents.context_rows,
-                                 product.attention_weight, {}, Accumulate::yes);
+  weight_gradient_tangent(backend, {gradients.attention_sum, d_rows},
+                          {saved_.context_rows, hessian.tangents.context_rows},
+                          direction.product.attention_weight, direction.product.attention_bias);
 }
 
 /// The product for query, key and value; or, with the weights held, adds to d_input_tangent [T, H].

@@ -263,20 +263,6 @@ struct Backward {
 
 // --- the table
 
-std::size_t forward_scratch_bytes(DType dtype, std::int64_t length, std::int64_t head_size) {
-  return scratch_bytes(dtype, [&](auto tag) {
-    using Format = typename WordsOf<typename decltype(tag)::type>::type;
-    return ForwardBuffers<Format>(Sizes<Format>(length, head_size), nullptr).bytes;
-  });
-}
-
-std::size_t backward_scratch_bytes(DType dtype, std::int64_t length, std::int64_t head_size) {
-  return scratch_bytes(dtype, [&](auto tag) {
-    using Format = typename WordsOf<typename decltype(tag)::type>::type;
-    return BackwardBuffers<Format>(Sizes<Format>(length, head_size), nullptr).bytes;
-  });
-}
-
 void forward(DType dtype, const AttentionHead& head, void* scratch) {
   dispatch(dtype, [&](auto tag) { forward_head<typename decltype(tag)::type>(head, scratch); });
 }
@@ -288,7 +274,7 @@ void backward(DType dtype, const AttentionHead& head, void* scratch) {
 }  // namespace
 
 extern const AttentionKernels attention_kernels;
-const AttentionKernels attention_kernels{forward_scratch_bytes, backward_scratch_bytes, forward,
-                                         backward};
+const AttentionKernels attention_kernels{scratch_bytes<ForwardBuffers>,
+                                         scratch_bytes<BackwardBuffers>, forward, backward};
 
 }  // namespace bitfall::BITFALL_ISA

@@ -130,11 +130,14 @@ Rows<T> rows_of(const void* first, std::int64_t stride, const AttentionHead& hea
   return {static_cast<const T*>(first), stride, head.length, head.head_size};
 }
 
-/// Calls function(TypeTag<T>{}); the caller has refused other dtypes.
-template <typename Function>
-std::size_t scratch_bytes(DType dtype, Function&& function) {
+/// What Buffers<Format> take for a head; the caller has refused other dtypes.
+template <template <typename> class Buffers>
+std::size_t scratch_bytes(DType dtype, std::int64_t length, std::int64_t head_size) {
   std::size_t bytes = 0;
-  dispatch(dtype, [&](auto tag) { bytes = function(tag); });
+  dispatch(dtype, [&](auto tag) {
+    using Format = typename WordsOf<typename decltype(tag)::type>::type;
+    bytes = Buffers<Format>(Sizes<Format>(length, head_size), nullptr).bytes;
+  });
   return bytes;
 }
 

@@ -320,20 +320,6 @@ struct Backward {
 
 // --- the table
 
-std::size_t forward_scratch_bytes(DType dtype, std::int64_t length, std::int64_t head_size) {
-  return scratch_bytes(dtype, [&](auto tag) {
-    using Format = typename WordsOf<typename decltype(tag)::type>::type;
-    return ForwardBuffers<Format>(Sizes<Format>(length, head_size), nullptr).bytes;
-  });
-}
-
-std::size_t backward_scratch_bytes(DType dtype, std::int64_t length, std::int64_t head_size) {
-  return scratch_bytes(dtype, [&](auto tag) {
-    using Format = typename WordsOf<typename decltype(tag)::type>::type;
-    return BackwardBuffers<Format>(Sizes<Format>(length, head_size), nullptr).bytes;
-  });
-}
-
 void forward(DType dtype, const AttentionHeadTangent& head, void* scratch) {
   dispatch(dtype, [&](auto tag) { Forward<typename decltype(tag)::type>(head, scratch).run(); });
 }
@@ -345,7 +331,7 @@ void backward(DType dtype, const AttentionHeadTangent& head, void* scratch) {
 }  // namespace
 
 extern const AttentionTangentKernels attention_tangent_kernels;
-const AttentionTangentKernels attention_tangent_kernels{forward_scratch_bytes,
-                                                        backward_scratch_bytes, forward, backward};
+const AttentionTangentKernels attention_tangent_kernels{
+    scratch_bytes<ForwardBuffers>, scratch_bytes<BackwardBuffers>, forward, backward};
 
 }  // namespace bitfall::BITFALL_ISA
