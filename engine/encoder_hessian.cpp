@@ -1,8 +1,8 @@
 // Exact Hessian products of the encoder: tangents of a forward and a backward pass, from the block
 // whose weights move up to the loss and back down to it. Blocks below have no tangents.
-#include <algorithm>
+#include <string>
 
-#include "core/error.h"
+#include "core/checks.h"
 #include "engine/encoder.h"
 
 namespace bitfall {
@@ -10,14 +10,11 @@ namespace {
 
 void check_parallel(const char* what, std::span<const Tensor> tensors,
                     const std::vector<ParameterSpec>& specs, DType dtype) {
-  check<ShapeError>(tensors.size() == specs.size(), "hessian_product: ", what, " has ",
-                    tensors.size(), " tensors, expected the ", specs.size(),
-                    " parameters of its block");
+  const std::string operation = concat("hessian_product: ", what);
+  check<ShapeError>(tensors.size() == specs.size(), operation, " has ", tensors.size(),
+                    " tensors, expected the ", specs.size(), " parameters of its block");
   for (std::size_t i = 0; i < specs.size(); ++i) {
-    check<ShapeError>(tensors[i].dtype == dtype && tensors[i].shape == specs[i].shape,
-                      "hessian_product: ", what, " of ", specs[i].name, " is ",
-                      name(tensors[i].dtype), " ", tensors[i].shape.to_string(), ", expected ",
-                      name(dtype), " ", specs[i].shape.to_string());
+    check_tensor(operation.c_str(), specs[i].name.c_str(), tensors[i], dtype, specs[i].shape);
   }
 }
 
@@ -38,8 +35,7 @@ void Encoder::prepare_hessian(const Batch& batch, float scale) {
 }
 
 void Encoder::plan_hessian() {
-  const std::int64_t wide = std::max(config_.intermediate_size, 3 * config_.hidden_size);
-  scratch_.wide_tangent = workspace_.take(compute_dtype_, {device_batch_.num_tokens, wide});
+  scratch_.wide_tangent = workspace_.take(compute_dtype_, scratch_.wide.shape);
   for (const EncoderLayer& layer : layers_) {
     hessian_.push_back(
         {LayerGradients::plan(workspace_, scratch_, config_, compute_dtype_, device_batch_,
@@ -62,20 +58,21 @@ void Encoder::hessian_product(int block, std::span<const Tensor> direction,
                               std::span<const Tensor> product) {
   check_hessian_product(block, direction, product);
   const auto first = static_cast<std::size_t>(block);
-  const auto rows_of = [this](const EncoderLayer& layer) {
-    return layer.rows() == OutputRows::all_tokens ? scratch_.d_hidden : scratch_.rows;
+  // Tangents travel where gradients do in training.
+  const auto travelling = [this](std::size_t layer) {
+    return scratch_gradients(layers_[layer]).output;
   };
   const std::span<const Tensor> held;
   for (std::size_t i = first; i < layers_.size(); ++i) {
     layers_[i].forward_tangent(pass(), hessian_[i], i == first ? direction : held,
-                               scratch_.d_hidden, rows_of(layers_[i]));
+                               scratch_.d_hidden, travelling(i));
   }
-  const Tensor d_output = rows_of(layers_.back());
+  const Tensor d_output = travelling(layers_.size() - 1);
   head_->tangent(pass(), hessian_scale_, d_output, d_output);
   for (std::size_t i = layers_.size(); i-- > first;) {
     const bool moves = i == first;
     layers_[i].backward_tangent(pass(), hessian_[i], moves ? direction : held,
-                                moves ? product : held, rows_of(layers_[i]), scratch_.d_hidden);
+                                moves ? product : held, travelling(i), scratch_.d_hidden);
   }
 }
 
