@@ -235,7 +235,7 @@ class FineTuning:
         )
         if self.checkpoint is not None:
             recorder.progress.message(f"going on from {self.checkpoint}")
-            if planned_steps != self.total_steps:
+            if planned_steps not in (0, self.total_steps):
                 recorder.progress.message(
                     f"that run was to have {planned_steps} steps, this one {self.total_steps}: the"
                     " learning rate goes on along the new schedule"

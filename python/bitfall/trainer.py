@@ -35,7 +35,7 @@ class LoopState:
 
     global_step counts global batches, steps skipped for overflow included. interval_* cover the
     steps since the last entry of log_history. Losses that are not finite are left out of means.
-    total_steps: how many the run was to have when the checkpoint was written.
+    total_steps: how many the run was to have when the checkpoint was written; 0: unknown.
     """
 
     total_steps: int = 0
