@@ -97,6 +97,18 @@ std::vector<Tensor> ParameterStore::views(const Tensor& flat) const {
   return result;
 }
 
+std::vector<Tensor> ParameterStore::block_views(int block, const Tensor& flat) const {
+  const FlatRange all = block_range(block);
+  check_shape("flat buffer of a block", flat, Shape{all.numel});
+  std::vector<Tensor> result;
+  for (std::size_t index = 0; index < parameters_.size(); ++index) {
+    if (parameters_[index].block != block) continue;
+    const FlatRange range = range_of(index);
+    result.push_back(shaped(flat.flat_slice(range.begin - all.begin, range.numel), index));
+  }
+  return result;
+}
+
 Tensor ParameterStore::view(const Tensor& kept, const FlatRange& held, const FlatRange& range,
                             const char* what) {
   check<ShapeError>(range.begin >= held.begin && range.end() <= held.end(), what, ": elements ",

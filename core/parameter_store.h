@@ -95,6 +95,8 @@ class ParameterStore {
   /// Views of all parameters over any flat buffer of this layout (f32 scratch weights, for
   /// example).
   std::vector<Tensor> views(const Tensor& flat) const;
+  /// Views of the parameters of `block` over a buffer of block_range(block).numel elements.
+  std::vector<Tensor> block_views(int block, const Tensor& flat) const;
 
  private:
   static Tensor view(const Tensor& kept, const FlatRange& held, const FlatRange& range,

@@ -50,21 +50,11 @@ void ModelHessian::prepare(std::size_t micro_batch) {
   model_.prepare_hessian(batch, static_cast<float>(share));
 }
 
-std::vector<Tensor> ModelHessian::views(const Tensor& vector) const {
-  const std::int64_t begin = store_.block_range(block_).begin;
-  std::vector<Tensor> views;
-  for (const Parameter& parameter : store_.parameters()) {
-    if (parameter.block != block_) continue;
-    views.push_back(
-        vector.flat_slice(parameter.offset - begin, parameter.numel).reshaped(parameter.shape));
-  }
-  return views;
-}
-
 void ModelHessian::multiply(const Tensor& v, const Tensor& product) {
   // Gaps between parameters stay zero.
   backend_.fill_zero(product);
-  const std::vector<Tensor> direction = views(v), result = views(product);
+  const std::vector<Tensor> direction = store_.block_views(block_, v);
+  const std::vector<Tensor> result = store_.block_views(block_, product);
   if (micro_batches_.size() == 1) return model_.hessian_product(block_, direction, result);
 
   const auto bytes = static_cast<std::size_t>(product.numel()) * sizeof(float);
@@ -73,7 +63,7 @@ void ModelHessian::multiply(const Tensor& v, const Tensor& product) {
   backend_.fill_zero(part);
   for (std::size_t i = 0; i < micro_batches_.size(); ++i) {
     prepare(i);
-    model_.hessian_product(block_, direction, views(part));
+    model_.hessian_product(block_, direction, store_.block_views(block_, part));
     backend_.axpby(1.0f, part, 1.0f, product);
   }
 }

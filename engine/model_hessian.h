@@ -43,8 +43,6 @@ class ModelHessian final : public HessianSource {
 
   /// store.working() itself if it is f32, otherwise a copy in f32.
   Tensor f32_weights();
-  /// Parameters of the current block as views of `vector`, a vector over that block.
-  std::vector<Tensor> views(const Tensor& vector) const;
   void prepare(std::size_t micro_batch);
   /// What each sample weighs in a sum over which ranks then take the mean.
   double sample_weight(Communicator& communicator);

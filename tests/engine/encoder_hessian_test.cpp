@@ -20,17 +20,6 @@ class HessianCase : public GoldenCase {
 
   FlatRange range(int block) const { return store.block_range(block); }
 
-  /// Parameters of `block` as views of a vector over it.
-  std::vector<Tensor> views(int block, const Tensor& vector) const {
-    std::vector<Tensor> result;
-    for (const Parameter& parameter : store.parameters()) {
-      if (parameter.block != block) continue;
-      result.push_back(vector.flat_slice(parameter.offset - range(block).begin, parameter.numel)
-                           .reshaped(parameter.shape));
-    }
-    return result;
-  }
-
   /// Random in the parameters of `block`, zero between them.
   std::vector<float> random_direction(int block, unsigned seed) const {
     std::mt19937 generator(seed);
@@ -53,8 +42,9 @@ class HessianCase : public GoldenCase {
     Buffer cast_buffer = backend.allocate(direction.size() * sizeof(float));
     const Tensor cast = cast_buffer.view(store.compute_dtype(), shape);
     backend.cast({direction.data(), DType::f32, shape, Device::cpu}, cast);
-    model.hessian_product(block, views(block, cast),
-                          views(block, {result.data(), DType::f32, shape, Device::cpu}));
+    model.hessian_product(
+        block, store.block_views(block, cast),
+        store.block_views(block, {result.data(), DType::f32, shape, Device::cpu}));
     return result;
   }
 
