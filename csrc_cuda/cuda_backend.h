@@ -31,6 +31,7 @@ class CudaBackend final : public Backend {
   void copy(const Tensor& source, const Tensor& destination) override;
   void synchronize() override;
   void fill_zero(const Tensor& destination) override;
+  void forget(const Tensor& tensor) override { fill_zero(tensor); }
 
   // matmul.cpp
   void linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& y,

@@ -1,5 +1,9 @@
+#include <unistd.h>
+
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <fstream>
 #include <limits>
 #include <string>
 
@@ -41,6 +45,27 @@ TEST(CpuBackend, CopiesAndFillsWithZero) {
   EXPECT_THROW(bench.backend().copy(source, bench.zeros(Shape{14}, DType::f16)), ShapeError);
   EXPECT_THROW(bench.backend().copy(source, bench.zeros(Shape{15}, DType::bf16)), UnsupportedError);
   bench.backend().copy({}, {});
+}
+
+std::int64_t resident_bytes() {
+  std::ifstream file("/proc/self/statm");
+  std::int64_t pages = 0;
+  file >> pages >> pages;
+  return pages * sysconf(_SC_PAGESIZE);
+}
+
+TEST(CpuBackend, ForgetsByZeroingAndGivesMemoryBack) {
+  CpuBackend backend(CpuIsa::generic);
+  constexpr std::int64_t kNumel = std::int64_t{1} << 23;
+  const Buffer buffer = backend.allocate(kNumel * sizeof(float));
+  auto* const values = static_cast<float*>(buffer.memory().get());
+  std::fill_n(values, kNumel, 1.0f);
+  const std::int64_t full = resident_bytes();
+  // Neither end lies at a page's.
+  backend.forget(buffer.view(DType::f32, Shape{kNumel}).flat_slice(100, kNumel - 200));
+  EXPECT_LT(resident_bytes(), full - kNumel * 3);
+  EXPECT_EQ(std::count(values, values + kNumel, 1.0f), 200);
+  EXPECT_EQ(std::count(values + 100, values + kNumel - 100, 0.0f), kNumel - 200);
 }
 
 TEST(CpuIsa, EnvironmentForcesALevelAndListsThePossibleOnes) {

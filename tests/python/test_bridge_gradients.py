@@ -157,3 +157,17 @@ def test_sparse_embedding_gradients_arrive() -> None:
     assert gradient[1].tolist() == [2.0] * 4
     assert gradient[3].tolist() == [1.0] * 4
     assert gradient[0].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_embedding_has_the_gradient_of_each_step_alone(dtype: Any) -> None:
+    torch.manual_seed(0)
+    embedding = torch.nn.Embedding(10, 4)
+    model = torch.nn.Sequential(embedding, torch.nn.Linear(4, 3)).to(dtype)
+    engine = engine_for(model, bf16={"enabled": dtype == torch.bfloat16})
+    for words in ([1, 1, 3], [5, 3], [0]):
+        plain = copy.deepcopy(model)
+        plain(torch.tensor(words)).square().sum().backward()
+        engine.backward(engine(torch.tensor(words)).square().sum())
+        assert torch.equal(gradients_of(engine)["0.weight"], plain[0].weight.grad.float())
+        engine.step()

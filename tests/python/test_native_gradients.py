@@ -30,6 +30,8 @@ class Owner:
             view.copy_(entry.parameter.data)
             entry.parameter.data = view
         self.slices = self.memory(share, torch.float32)
+        if not share:
+            self.forget_gradients()
         self.order: list[int] = []
         self.reduced: dict[str, Any] = {}
         self.gradients = NativeGradients(
@@ -37,6 +39,7 @@ class Owner:
             self.trained,
             self.slices,
             self.start_reduction,
+            self.forget_gradients,
             overlap=overlap,
             every_backward=share,
         )
@@ -56,6 +59,10 @@ class Owner:
             ends[region] = begin + entry.parameter.numel()
             views.append(flat[begin : ends[region]].view(entry.parameter.shape))
         return views
+
+    def forget_gradients(self) -> None:
+        for view in self.slices:
+            view.zero_()
 
     def start_reduction(self, block: int, accumulate: bool) -> None:
         self.order.append(block)

@@ -31,6 +31,10 @@ TOO_LATE = (
 )
 
 
+# Integers of the same size: those of 0.0 are 0, and reductions over them are faster.
+BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
 class Gradients:
     """Sums gradients in f32 slices, and reports each block when nothing more is to come.
 
@@ -45,15 +49,19 @@ class Gradients:
         trained: Sequence[Trained],
         slices: Sequence[torch.Tensor],
         start_reduction: Callable[[int, bool], None],
+        forget_gradients: Callable[[], None],
         overlap: bool,
         every_backward: bool,
     ) -> None:
         """`start_reduction(block, accumulate)` is called once per block and step, from the last
         block to NO_BLOCK, in `overlap` already during the backward pass that closes an
-        accumulation; with `every_backward` in each, to `accumulate` after the first."""
+        accumulation; with `every_backward` in each, to `accumulate` after the first.
+        `forget_gradients()` makes all slices zeros, which they are at first, unless blocks share
+        their memory."""
         self._trained = trained
         self._slices = slices
         self._start_reduction = start_reduction
+        self._forget_gradients = forget_gradients
         self._overlap = overlap
         self._every_backward = every_backward
         self._waiting: dict[int, torch.Tensor] = {}
@@ -94,16 +102,16 @@ class Gradients:
             self._passes += 1
 
     def finish(self) -> None:
-        """All gradients are in: zeros where none came, and every reduction has begun."""
+        """All gradients are in, and every reduction has begun."""
         for index, entry in enumerate(self._trained):
             self._check_in_place(index, entry)
-            if not self._filled[index] and not self._every_backward:
-                self._slices[index].zero_()
         if not self._every_backward:
             self._reduce_rest()
 
     def clear(self) -> None:
         """Forgets all gradients."""
+        if self.any_filled:
+            self._forget_gradients()
         for index, entry in enumerate(self._trained):
             entry.parameter.grad = None
             self._filled[index] = False
@@ -154,7 +162,7 @@ class Gradients:
             self._waiting[index] = gradient if earlier is None else earlier.float() + gradient
             self._filled[index] = True
         elif not self._filled[index]:
-            target.copy_(gradient)
+            self._fill(entry, target, gradient)
             self._filled[index] = True
         elif not stays:
             target.add_(gradient)
@@ -162,6 +170,16 @@ class Gradients:
             raise UsageError(DROPPED.format(name=entry.name))
         parameter.grad = target if stays else None
         self._arrived(index, entry.block)
+
+    def _fill(self, entry: Trained, target: torch.Tensor, gradient: torch.Tensor) -> None:
+        """target = gradient; what stays zero, as most rows of an embedding, takes no memory."""
+        spares_memory = entry.is_embedding and not self._every_backward
+        if not spares_memory or target.device.type != "cpu" or gradient.dtype not in BITS:
+            target.copy_(gradient)
+            return
+        bits = gradient.contiguous().view(BITS[gradient.dtype])
+        used = torch.nonzero(bits.amin(1) | bits.amax(1)).flatten()
+        target[used] = gradient[used].to(target.dtype)
 
     def _arrived(self, index: int, block: int) -> None:
         """A parameter has its gradient of this backward pass. If nothing more comes for it before

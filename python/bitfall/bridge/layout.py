@@ -27,6 +27,7 @@ class Trained(NamedTuple):
     parameter: torch.nn.Parameter
     block: int
     adjacent: bool
+    is_embedding: bool = False
 
 
 def arrange(
@@ -44,6 +45,7 @@ def arrange(
     Raises InputError if `wanted` holds a parameter that the module does not.
     """
     names = {parameter: name for name, parameter in module.named_parameters()}
+    embeddings = {m.weight for m in module.modules() if isinstance(m, torch.nn.Embedding)}
     for parameter in wanted:
         if parameter not in names:
             raise InputError(
@@ -61,7 +63,7 @@ def arrange(
         rest = [Trained(n, p, NO_BLOCK, False) for n, p in chosen.items() if n not in named]
         return first + rest
     blocks = block_numbers(list(chosen), layer_name)
-    trained = [Trained(name, p, blocks[name], False) for name, p in chosen.items()]
+    trained = [Trained(name, p, blocks[name], False, p in embeddings) for name, p in chosen.items()]
     return sorted(trained, key=lambda entry: entry.block)
 
 
