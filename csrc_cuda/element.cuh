@@ -64,30 +64,53 @@ struct alignas(16) Pack {
   T element[kSize];
 };
 
+/// Whether 16-byte accesses are possible from here on.
+template <typename T>
+__device__ inline bool aligned(const T* data) {
+  return (reinterpret_cast<std::uintptr_t>(data) & 15u) == 0;
+}
+
+/// The eight elements at an aligned address.
+template <typename T>
+__device__ inline Eight load_packs(const T* data) {
+  const Pack<T>* packs = reinterpret_cast<const Pack<T>*>(data);
+  Eight result;
+#pragma unroll
+  for (int pack = 0; pack < 8 / Pack<T>::kSize; ++pack) {
+    const Pack<T> loaded = packs[pack];
+#pragma unroll
+    for (int i = 0; i < Pack<T>::kSize; ++i)
+      result.value[pack * Pack<T>::kSize + i] = widen(loaded.element[i]);
+  }
+  return result;
+}
+
+template <typename T>
+__device__ inline void store_packs(T* data, const Eight& values) {
+  Pack<T>* packs = reinterpret_cast<Pack<T>*>(data);
+#pragma unroll
+  for (int pack = 0; pack < 8 / Pack<T>::kSize; ++pack) {
+    Pack<T> stored;
+#pragma unroll
+    for (int i = 0; i < Pack<T>::kSize; ++i)
+      stored.element[i] = narrow<T>(values.value[pack * Pack<T>::kSize + i]);
+    packs[pack] = stored;
+  }
+}
+
 /// Whether elements first .. first + 7 lie within [begin, end) and at a 16-byte boundary.
 template <typename T>
 __device__ inline bool whole(const T* data, std::int64_t first, std::int64_t begin,
                              std::int64_t end) {
-  return first >= begin && first + 8 <= end &&
-         (reinterpret_cast<std::uintptr_t>(data + first) & 15u) == 0;
+  return first >= begin && first + 8 <= end && aligned(data + first);
 }
 
 /// Elements first .. first + 7 of `data`; those outside of [begin, end) are not read and become 0.
 template <typename T>
 __device__ inline Eight load_eight(const T* data, std::int64_t first, std::int64_t begin,
                                    std::int64_t end) {
+  if (whole(data, first, begin, end)) return load_packs(data + first);
   Eight result;
-  if (whole(data, first, begin, end)) {
-    const Pack<T>* packs = reinterpret_cast<const Pack<T>*>(data + first);
-#pragma unroll
-    for (int pack = 0; pack < 8 / Pack<T>::kSize; ++pack) {
-      const Pack<T> loaded = packs[pack];
-#pragma unroll
-      for (int i = 0; i < Pack<T>::kSize; ++i)
-        result.value[pack * Pack<T>::kSize + i] = widen(loaded.element[i]);
-    }
-    return result;
-  }
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const std::int64_t index = first + i;
@@ -100,18 +123,7 @@ __device__ inline Eight load_eight(const T* data, std::int64_t first, std::int64
 template <typename T>
 __device__ inline void store_eight(T* data, std::int64_t first, std::int64_t begin,
                                    std::int64_t end, const Eight& values) {
-  if (whole(data, first, begin, end)) {
-    Pack<T>* packs = reinterpret_cast<Pack<T>*>(data + first);
-#pragma unroll
-    for (int pack = 0; pack < 8 / Pack<T>::kSize; ++pack) {
-      Pack<T> stored;
-#pragma unroll
-      for (int i = 0; i < Pack<T>::kSize; ++i)
-        stored.element[i] = narrow<T>(values.value[pack * Pack<T>::kSize + i]);
-      packs[pack] = stored;
-    }
-    return;
-  }
+  if (whole(data, first, begin, end)) return store_packs(data + first, values);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const std::int64_t index = first + i;

@@ -1,273 +1,260 @@
-// Fake quantization, bit for bit what the CPU writes: both take every formula, and the order of the
-// sums behind ternary and binary scales, from quantizer/quant_math.h. Compiled without fused
-// multiply-add (see CMakeLists.txt).
+// Fake quantization in one pass over memory, bit for bit what the CPU writes: both take every
+// formula from quantizer/quant_math.h. Compiled without fused multiply-add (see CMakeLists.txt).
 //
-// A chunk is the work of one block, whatever range it lies in: first the chunks' ranges (and sums),
-// then one QuantGroup per group, then the weights.
+// Blocks stay on the GPU and take items (see QuantizeTable) in their order. A block that has read a
+// tile adds its smallest and largest weight to its group's; one that is to write waits until all
+// tiles of the group have been read. That ends: items of larger groups wait for earlier ones that
+// wait for nothing, and all tiles of a smaller group are held at the same time.
+#include <algorithm>
+
 #include "core/operation_checks.h"
 #include "csrc_cuda/cuda_backend.h"
 #include "csrc_cuda/element.cuh"
-#include "csrc_cuda/quantize_table.h"
+#include "csrc_cuda/quant_range.cuh"
 #include "csrc_cuda/ranges.cuh"
-#include "csrc_cuda/reduce.cuh"
+#include "csrc_cuda/sign_groups.h"
 
 namespace bitfall {
 namespace {
 
-constexpr int kLanes = 256;  ///< threads of a block; also the lanes of quant_math.h's magnitude_sum
+constexpr int kRowElements = 8 * kQuantThreads;
+constexpr int kTileRows = kTileElements / kRowElements;
 
-/// A QuantizeTable as kernels see it, and what they find: sums first, which need the widest
-/// alignment.
+/// What is known of a group; zeros: nothing yet.
+struct alignas(16) GroupState {
+  std::uint32_t largest;   ///< max_key, shifted so that 0 is the lowest
+  std::uint32_t smallest;  ///< the same of ~min_key
+  std::uint32_t arrived;   ///< tiles
+};
+
+/// A QuantizeTable as the kernel sees it.
 struct Work {
   const QuantizeEntry* entries;
   int count;
-  std::int64_t chunk_count, group_count;
-  MagnitudeSum* sums;  ///< per chunk
-  QuantRange* ranges;  ///< per chunk
-  QuantGroup* groups;
-
-  static std::size_t scratch_bytes(const QuantizeTable& table) {
-    return static_cast<std::size_t>(table.chunks()) * (sizeof(MagnitudeSum) + sizeof(QuantRange)) +
-           static_cast<std::size_t>(table.groups()) * sizeof(QuantGroup);
-  }
-  Work(const QuantizeTable& table, void* scratch)
-      : entries(table.entries()),
-        count(table.count()),
-        chunk_count(table.chunks()),
-        group_count(table.groups()),
-        sums(static_cast<MagnitudeSum*>(scratch)),
-        ranges(reinterpret_cast<QuantRange*>(sums + chunk_count)),
-        groups(reinterpret_cast<QuantGroup*>(ranges + chunk_count)) {}
+  std::uint64_t item_count;
+  unsigned long long* taken;      ///< items
+  GroupState* states;             ///< per group
+  const QuantGroup* sign_groups;  ///< per group, of ternary and binary ranges
 };
 
-/// Where a chunk lies in the buffers.
-struct ChunkPlace {
+/// Of the threads of a block. Dynamic memory, since the emulator has several blocks in flight.
+struct BlockMemory {
+  std::uint16_t random[kQuantThreads / 16][kStochasticBlock];
+  WarpRanges warp_ranges;
+  QuantRange group_range;
+  std::uint64_t item[2];
+};
+
+/// Where an item's tile lies in the buffers.
+struct Item {
   const QuantizeEntry& entry;
+  TileTask task;
   std::int64_t group;  ///< of those of all ranges
-  std::int64_t begin, end;
+  std::int64_t first;  ///< less than entry.alignment elements before the tile's begin
+  int begin, end;      ///< counted from there; the end is before the begin if the tile is empty
 
-  __device__ ChunkPlace(const Work& work, std::int64_t chunk)
-      : entry(entry_of<&QuantizeEntry::first_chunk>(work.entries, work.count, chunk)) {
-    const QuantChunks::Chunk at = entry.chunks[chunk - entry.first_chunk];
-    group = entry.first_group + at.group;
-    begin = entry.range.begin + at.begin;
-    end = entry.range.begin + at.end;
+  __device__ Item(const Work& work, std::int64_t number)
+      : entry(entry_of<&QuantizeEntry::first_item>(work.entries, work.count, number)),
+        task(entry.task) {
+    const std::int64_t of_range = number - entry.first_item;
+    const std::int64_t tile = of_range % entry.tiles_per_group;
+    std::int64_t turn = of_range / entry.tiles_per_group;
+    if (task != TileTask::do_both) {
+      // A group is read before the one in front of it is written, so that nobody need wait long.
+      const bool read = turn == 0 || (turn % 2 == 1 && turn < 2 * entry.groups - 1);
+      task = read ? TileTask::read : TileTask::write;
+      turn = read ? (turn + 1) / 2 : (turn - 1) / 2;
+    }
+    group = entry.first_group + turn;
+    const std::int64_t group_begin = entry.range.begin + turn * entry.group_numel;
+    const std::int64_t before = (group_begin - entry.origin) % entry.alignment;
+    const std::int64_t of_group = tile * kTileElements - before;
+    first = group_begin + of_group;
+    begin = static_cast<int>(max(std::int64_t{0}, -of_group));
+    end = static_cast<int>(min(kTileElements, entry.group_numel - of_group));
   }
-  __device__ int bits() const { return entry.range.spec.bits; }
+  __device__ bool whole() const { return begin == 0 && end == kTileElements; }
 };
 
-/// Smallest and largest key over the block, in every thread. `shared` [2 * warps].
-__device__ QuantRange block_range(QuantRange range, std::int32_t* shared) {
-  const int warp = static_cast<int>(threadIdx.x / kWarpThreads);
-  range.min_key = __reduce_min_sync(kWholeWarp, range.min_key);
-  range.max_key = __reduce_max_sync(kWholeWarp, range.max_key);
-  __syncthreads();  // the last readers of `shared` are done
-  if (threadIdx.x % kWarpThreads == 0) {
-    shared[2 * warp] = range.min_key;
-    shared[2 * warp + 1] = range.max_key;
-  }
-  __syncthreads();
-  for (int other = 0; other < kLanes / kWarpThreads; ++other) {
-    range.min_key = min(range.min_key, shared[2 * other]);
-    range.max_key = max(range.max_key, shared[2 * other + 1]);
-  }
-  return range;
-}
+/// A tile in registers: of each row, a thread has eight neighbours.
+struct Tile {
+  Eight rows[kTileRows];
 
-/// work.ranges[chunk] = smallest and largest key of each chunk.
-__global__ void range_kernel(Work work, const float* master) {
-  __shared__ std::int32_t shared[2 * kLanes / kWarpThreads];
-  for (std::int64_t chunk = blockIdx.x; chunk < work.chunk_count; chunk += gridDim.x) {
-    const ChunkPlace at(work, chunk);
-    if (at.bits() >= kCastBits) continue;
-    QuantRange range;
-    for (std::int64_t i = at.begin / 8 * 8 + 8 * threadIdx.x; i < at.end; i += 8 * kLanes) {
-      const Eight values = load_eight(master, i, at.begin, at.end);
+  /// First of this thread's eight in a row, counted from item.first.
+  __device__ static int place(int row) {
+    return row * kRowElements + 8 * static_cast<int>(threadIdx.x);
+  }
+
+  __device__ Tile(const Item& item, const float* master) {
+    master += item.first;
+    const bool whole = item.whole() && aligned(master);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        if (i + j < at.begin || i + j >= at.end) continue;
-        const std::int32_t key = order_key(values.value[j]);
-        range.min_key = min(range.min_key, key);
-        range.max_key = max(range.max_key, key);
+    for (int row = 0; row < kTileRows; ++row) {
+      if (whole) {
+        rows[row] = load_packs(master + place(row));
+      } else if (row * kRowElements < item.end) {
+        rows[row] = load_eight(master, place(row), item.begin, item.end);
       }
     }
-    range = block_range(range, shared);
-    if (threadIdx.x == 0) work.ranges[chunk] = range;
   }
-}
 
-/// What a pass over the sums of magnitudes is for: means of ternary and binary groups, or means of
-/// what lies above the thresholds of ternary ones.
-enum class Sum { all, above_threshold };
-
-/// work.sums[chunk] = magnitude_sum of each chunk, a thread per lane of its definition.
-__global__ void magnitude_kernel(Work work, Sum what, const float* master) {
-  __shared__ double lane_sums[kLanes];
-  __shared__ int counts[kLanes / kWarpThreads];
-  for (std::int64_t chunk = blockIdx.x; chunk < work.chunk_count; chunk += gridDim.x) {
-    const ChunkPlace at(work, chunk);
-    if (what == Sum::all ? !is_sign_quantized(at.bits()) : at.bits() != 2) continue;
-    const float threshold = what == Sum::all ? kNoThreshold : work.groups[at.group].threshold;
-    double sum = 0;
-    int count = 0;
-    for (std::int64_t i = at.begin + threadIdx.x; i < at.end; i += kLanes) {
-      const float value = magnitude(master[i]);
-      sum += static_cast<double>(value > threshold ? value : 0.0f);
-      count += value > threshold ? 1 : 0;
-    }
-    count = block_sum(count, counts);  // also waits for the last readers of lane_sums
-    lane_sums[threadIdx.x] = sum;
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-      __syncthreads();
-      if (static_cast<int>(threadIdx.x) < half)
-        lane_sums[threadIdx.x] += lane_sums[threadIdx.x + half];
-    }
-    if (threadIdx.x == 0) work.sums[chunk] = {lane_sums[0], count};
-  }
-}
-
-/// What group_kernel finds: all of every group, or only the thresholds of ternary weights.
-enum class Find { thresholds, groups };
-
-/// work.groups[g] from the ranges and sums of its chunks.
-__global__ void group_kernel(Work work, Find find) {
-  __shared__ std::int32_t shared[2 * kLanes / kWarpThreads];
-  for (std::int64_t number = blockIdx.x; number < work.group_count; number += gridDim.x) {
-    const QuantizeEntry& entry =
-        entry_of<&QuantizeEntry::first_group>(work.entries, work.count, number);
-    const QuantSpec& spec = entry.range.spec;
-    if (find == Find::thresholds ? spec.bits != 2 : spec.bits >= kCastBits) continue;
-    const std::int64_t chunks = entry.chunks.chunks_per_group;
-    const std::int64_t first = entry.first_chunk + (number - entry.first_group) * chunks;
-    QuantRange range;
-    for (std::int64_t i = threadIdx.x; i < chunks; i += kLanes) {
-      range.min_key = min(range.min_key, work.ranges[first + i].min_key);
-      range.max_key = max(range.max_key, work.ranges[first + i].max_key);
-    }
-    range = block_range(range, shared);
-    if (threadIdx.x != 0) continue;
-    QuantGroup& group = work.groups[number];
-    if (!is_sign_quantized(spec.bits)) {
-      group = uniform_group(spec.bits, spec.q_type, range);
-      continue;
-    }
-    MagnitudeSum total;
-    for (std::int64_t i = 0; i < chunks; ++i) {
-      total.sum += work.sums[first + i].sum;
-      total.count += work.sums[first + i].count;
-    }
-    if (find == Find::thresholds) {
-      group.threshold = ternary_threshold(total);
-    } else {
-      group = sign_group(range, spec.bits == 1 ? 0.0f : group.threshold, total);
+  template <typename T>
+  __device__ void store(const Item& item, T* working) const {
+    working += item.first;
+    const bool whole = item.whole() && aligned(working);
+#pragma unroll
+    for (int row = 0; row < kTileRows; ++row) {
+      if (whole) {
+        store_packs(working + place(row), rows[row]);
+      } else if (row * kRowElements < item.end) {
+        store_eight(working, place(row), item.begin, item.end, rows[row]);
+      }
     }
   }
-}
 
-/// The working weight of master value `g` before it is rounded to the compute dtype.
-struct Quantize {
-  int bits;
-  CodeLimits limits;
-  float mix;
-  QuantGroup group;
-
-  __device__ Quantize(const FakeQuantizeRange& range, const QuantGroup& group)
-      : bits(range.spec.bits),
-        limits(range.spec.bits, range.spec.q_type),
-        mix(range.mix),
-        group(group) {}
-
-  __device__ float operator()(float g, float offset) const {
-    if (bits >= kCastBits) return g;
-    const float code =
-        is_sign_quantized(bits) ? sign_code(g, group) : uniform_code(g, group, limits, offset);
-    return blend(mix, g, dequantize(code, group));
+  /// Of the weights that this thread has.
+  __device__ QuantRange range(const Item& item) const {
+    const bool whole = item.whole();
+    QuantRange result;
+#pragma unroll
+    for (int row = 0; row < kTileRows; ++row) {
+      const int i = place(row);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (whole || (i + j >= item.begin && i + j < item.end))
+          widen_range(result, rows[row].value[j]);
+      }
+    }
+    return result;
   }
 };
 
-template <typename T>
-__device__ void quantize_nearest(const Quantize& quantize, const ChunkPlace& at,
-                                 const float* master, T* working) {
-  for (std::int64_t i = at.begin / 8 * 8 + 8 * threadIdx.x; i < at.end; i += 8 * kLanes) {
-    Eight values = load_eight(master, i, at.begin, at.end);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) values.value[j] = quantize(values.value[j], 0.0f);
-    store_eight(working, i, at.begin, at.end, values);
-  }
+/// Adds a tile's range to what is known of its group.
+__device__ void publish(GroupState& state, const QuantRange& range) {
+  if (threadIdx.x != 0) return;
+  const std::uint32_t lowest = 0x80000000u;
+  atomicMax(&state.largest, static_cast<std::uint32_t>(range.max_key) ^ lowest);
+  atomicMax(&state.smallest, ~static_cast<std::uint32_t>(range.min_key) ^ lowest);
+  __threadfence();  // who sees the arrival sees the range
+  atomicAdd(&state.arrived, 1u);
 }
 
-/// Sixteen threads take a stochastic block, whose Philox results they exchange: each draws the
-/// numbers of eight elements 16 apart, and quantizes eight neighbours. Blocks are counted in the
-/// parameter, of which the range may be a part.
-template <typename T>
-__device__ void quantize_stochastic(const Quantize& quantize, const ChunkPlace& at,
-                                    const float* master, T* working) {
-  alignas(16) __shared__ std::uint16_t shared[kLanes / 16][kStochasticBlock];
+/// The range of a group once all its `tiles` have arrived. All threads must call it.
+__device__ QuantRange await_range(const GroupState& state, std::int64_t tiles, QuantRange& shared) {
+  if (threadIdx.x == 0) {
+    const volatile GroupState& seen = state;
+    while (seen.arrived < tiles) __nanosleep(40);
+    __threadfence();
+    const std::uint32_t lowest = 0x80000000u;
+    shared.max_key = static_cast<std::int32_t>(seen.largest ^ lowest);
+    shared.min_key = static_cast<std::int32_t>(~(seen.smallest ^ lowest));
+  }
+  __syncthreads();
+  return shared;
+}
+
+/// What the group of a tile shares, if the item is to write it. All threads must call it.
+__device__ QuantGroup find_group(const Work& work, const Item& item, const Tile& tile,
+                                 BlockMemory& shared) {
+  const QuantSpec& spec = item.entry.range.spec;
+  if (spec.bits >= kCastBits) return {};
+  if (is_sign_quantized(spec.bits)) return work.sign_groups[item.group];
+  const std::int64_t tiles = item.entry.tiles_per_group;
+  QuantRange range;
+  if (item.task != TileTask::write) {
+    range = block_range(tile.range(item), shared.warp_ranges);
+    if (tiles > 1) publish(work.states[item.group], range);
+  }
+  if (item.task == TileTask::read) return {};
+  if (tiles > 1) range = await_range(work.states[item.group], tiles, shared.group_range);
+  return uniform_group(spec.bits, spec.q_type, range);
+}
+
+/// Offsets of this thread's eight in a row. Sixteen threads take a stochastic block, whose
+/// Philox results they exchange: each draws the numbers of eight elements 16 apart. Blocks are
+/// counted in the parameter, of which the range may be a part.
+__device__ Eight stochastic_offsets(const Item& item, int row, BlockMemory& shared) {
   const auto lane = static_cast<std::uint32_t>(threadIdx.x % 16);
-  std::uint16_t* const numbers = shared[threadIdx.x / 16];
-  const StochasticKey key = at.entry.range.key;
-  // Element 0 of the parameter, as if all of it were there.
-  const std::int64_t origin = at.entry.range.begin - key.first_element;
-  for (std::int64_t first = (at.begin - origin) / kStochasticBlock;
-       origin + first * kStochasticBlock < at.end; first += kLanes / 16) {
-    const std::int64_t block = first + threadIdx.x / 16;
-    const PhiloxBlock random =
-        philox(stochastic_counter(key, block, lane), stochastic_philox_key(key));
-    __syncwarp();  // the last readers of `numbers` are done
+  std::uint16_t* const numbers = shared.random[threadIdx.x / 16];
+  const StochasticKey& key = item.entry.range.key;
+  const std::int64_t block = (item.first - item.entry.origin + Tile::place(row)) / kStochasticBlock;
+  const PhiloxBlock random =
+      philox(stochastic_counter(key, block, lane), stochastic_philox_key(key));
+  __syncwarp();  // the last readers of `numbers` are done
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
-      numbers[16 * j + lane] =
-          static_cast<std::uint16_t>((random.word[j / 2] >> (16 * (j % 2))) & 0xffffu);
-    __syncwarp();
-    const std::int64_t i = origin + block * kStochasticBlock + 8 * lane;
-    Eight values = load_eight(master, i, at.begin, at.end);
+  for (int j = 0; j < 8; ++j)
+    numbers[16 * j + lane] =
+        static_cast<std::uint16_t>((random.word[j / 2] >> (16 * (j % 2))) & 0xffffu);
+  __syncwarp();
+  Eight offsets;
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
-      values.value[j] = quantize(values.value[j], stochastic_offset(numbers[8 * lane + j]));
-    store_eight(working, i, at.begin, at.end, values);
-  }
+  for (int j = 0; j < 8; ++j) offsets.value[j] = stochastic_offset(numbers[8 * lane + j]);
+  return offsets;
 }
 
-/// May run in place: every element is read and written by one thread. Chunks go backwards, since
-/// those that were read last may still be in the cache.
-template <typename T>
-__global__ void quantize_kernel(Work work, const float* master, T* working) {
-  for (std::int64_t rest = work.chunk_count - blockIdx.x; rest > 0; rest -= gridDim.x) {
-    const ChunkPlace at(work, rest - 1);
-    const Quantize quantize(at.entry.range, work.groups[at.group]);
-    if (at.entry.range.spec.rounding == Rounding::stochastic && at.bits() < kCastBits) {
-      quantize_stochastic(quantize, at, master, working);
-    } else {
-      quantize_nearest(quantize, at, master, working);
+/// Weights become what they are before they are rounded to the compute dtype.
+__device__ void quantize(Tile& tile, const Item& item, const QuantGroup& group,
+                         BlockMemory& shared) {
+  const QuantSpec& spec = item.entry.range.spec;
+  const float mix = item.entry.range.mix;
+  const CodeLimits limits(spec.bits, spec.q_type);
+#pragma unroll
+  for (int row = 0; row < kTileRows; ++row) {
+    if (row * kRowElements >= item.end) continue;
+    float(&weights)[8] = tile.rows[row].value;
+    if (is_sign_quantized(spec.bits)) {
+#pragma unroll
+      for (float& g : weights) g = blend(mix, g, dequantize(sign_code(g, group), group));
+      continue;
+    }
+    Eight offsets{};
+    if (spec.rounding == Rounding::stochastic) offsets = stochastic_offsets(item, row, shared);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float g = weights[j];
+      weights[j] =
+          blend(mix, g, dequantize(uniform_code(g, group, limits, offsets.value[j]), group));
     }
   }
 }
 
-/// Blocks for `count` pieces of work, which they take in turns.
-unsigned blocks_of(std::int64_t count) {
-  constexpr std::int64_t kMostBlocks = std::int64_t{1} << 20;
-  return static_cast<unsigned>(count < kMostBlocks ? count : kMostBlocks);
+/// May run in place: every element is read and written by one thread.
+template <typename T>
+__global__ __launch_bounds__(kQuantThreads, 4) void quantize_kernel(Work work, const float* master,
+                                                                    T* working) {
+  extern __shared__ __align__(16) BlockMemory block_memory[];
+  BlockMemory& shared = block_memory[0];
+  const auto take = [&] { return threadIdx.x == 0 ? atomicAdd(work.taken, 1ull) : 0; };
+  std::uint64_t next = take();
+  for (int slot = 0;; slot ^= 1) {  // the other one may still be read
+    if (threadIdx.x == 0) shared.item[slot] = next;
+    __syncthreads();
+    if (shared.item[slot] >= work.item_count) return;
+    const Item item(work, static_cast<std::int64_t>(shared.item[slot]));
+    Tile tile(item, master);
+    const QuantGroup group = find_group(work, item, tile, shared);
+    next = take();  // not before: nobody may have to wait for an item that waits
+    if (item.task == TileTask::read) continue;
+    if (item.entry.range.spec.bits < kCastBits) quantize(tile, item, group, shared);
+    tile.store(item, working);
+  }
 }
 
-void find_groups(const QuantizeTable& table, const Work& work, const float* master,
-                 cudaStream_t stream) {
-  const unsigned blocks = blocks_of(work.chunk_count), group_blocks = blocks_of(work.group_count);
-  const auto find = [&](Find what) {
-    group_kernel<<<group_blocks, kLanes, 0, stream>>>(work, what);
-    check_launch("fake_quantize");
-  };
-  const auto sum = [&](Sum what) {
-    magnitude_kernel<<<blocks, kLanes, 0, stream>>>(work, what, master);
-    check_launch("fake_quantize");
-  };
-  range_kernel<<<blocks, kLanes, 0, stream>>>(work, master);
-  check_launch("fake_quantize");
-  if (table.has_bits(1, 2)) sum(Sum::all);
-  if (table.has_bits(2, 2)) {
-    find(Find::thresholds);
-    sum(Sum::above_threshold);
-  }
-  find(Find::groups);
+int processors_of(int device_index) {
+  int count = 0;
+  cuda_check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_index),
+             "cudaDeviceGetAttribute");
+  return count;
+}
+
+/// Blocks of the kernel that a processor has at once.
+template <typename T>
+int blocks_per_processor() {
+  int count = 0;
+  cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, quantize_kernel<T>,
+                                                           kQuantThreads, sizeof(BlockMemory)),
+             "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  return count;
 }
 
 }  // namespace
@@ -275,19 +262,35 @@ void find_groups(const QuantizeTable& table, const Work& work, const float* mast
 void CudaBackend::fake_quantize(std::span<const FakeQuantizeRange> ranges, const Tensor& master,
                                 const Tensor& working) {
   check_fake_quantize(ranges, master, working);
-  QuantizeTable& table = *quantize_table_;
-  table.set(*this, ranges);
-  if (table.chunks() == 0) return;
-  const Work work(table, scratch(Work::scratch_bytes(table)));
   const cudaStream_t stream = this->stream();
   const auto* const source = device_data<const float>(master);
-  if (table.has_bits(1, kCastBits - 1)) find_groups(table, work, source, stream);
   visit_dtype(working.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    quantize_kernel<T>
-        <<<blocks_of(work.chunk_count), kLanes, 0, stream>>>(work, source, device_data<T>(working));
+    const std::int64_t processors = processors_of(device_index_);
+    QuantizeTable& table = *quantize_table_;
+    // No more blocks wait for each other than one per processor: there is room for these even if
+    // others use the GPU too, and the rest reads and writes meanwhile.
+    table.set(*this, ranges, processors);
+    if (table.items() == 0) return;
+    const auto state_bytes = static_cast<std::size_t>(table.groups()) * sizeof(GroupState);
+    auto* const zeros = static_cast<GroupState*>(
+        scratch(sizeof(GroupState) + state_bytes + sign_groups_scratch_bytes(table)));
+    cuda_check(cudaMemsetAsync(zeros, 0, sizeof(GroupState) + state_bytes, stream),
+               "cudaMemsetAsync");
+    Work work{.entries = table.entries(),
+              .count = table.count(),
+              .item_count = static_cast<std::uint64_t>(table.items()),
+              .taken = reinterpret_cast<unsigned long long*>(zeros),
+              .states = zeros + 1,
+              .sign_groups = nullptr};
+    if (table.chunks() > 0)
+      work.sign_groups = find_sign_groups(table, source, work.states + table.groups(), stream);
+    const auto grid =
+        static_cast<unsigned>(std::min(processors * blocks_per_processor<T>(), table.items()));
+    quantize_kernel<T><<<grid, kQuantThreads, sizeof(BlockMemory), stream>>>(
+        work, source, device_data<T>(working));
+    check_launch("fake_quantize");
   });
-  check_launch("fake_quantize");
 }
 
 }  // namespace bitfall

@@ -4,16 +4,21 @@
 
 namespace bitfall {
 
-void QuantizeTable::set(Backend& backend, std::span<const FakeQuantizeRange> ranges) {
-  if (std::equal(ranges.begin(), ranges.end(), ranges_.begin(), ranges_.end())) return;
+void QuantizeTable::set(Backend& backend, std::span<const FakeQuantizeRange> ranges,
+                        std::int64_t most_held) {
+  if (most_held == most_held_ &&
+      std::equal(ranges.begin(), ranges.end(), ranges_.begin(), ranges_.end()))
+    return;
   ranges_.clear();  // nobody's table until it is complete
-  chunks_ = groups_ = 0;
+  most_held_ = most_held;
+  groups_ = items_ = chunks_ = 0;
   std::vector<QuantizeEntry> entries;
   for (const FakeQuantizeRange& range : ranges) {
     if (range.numel == 0) continue;
-    entries.push_back({range, {range.numel, range.spec.groups}, chunks_, groups_});
-    chunks_ += entries.back().chunks.count;
-    groups_ += range.spec.groups;
+    const QuantizeEntry& entry = entries.emplace_back(next_entry(range));
+    groups_ += entry.groups;
+    items_ += entry.groups * entry.tiles_per_group * (entry.task == TileTask::do_both ? 1 : 2);
+    if (is_sign_quantized(range.spec.bits)) chunks_ += entry.chunks.count;
   }
   count_ = static_cast<int>(entries.size());
   const std::size_t bytes = entries.size() * sizeof(QuantizeEntry);
@@ -23,10 +28,34 @@ void QuantizeTable::set(Backend& backend, std::span<const FakeQuantizeRange> ran
   ranges_.assign(ranges.begin(), ranges.end());
 }
 
-bool QuantizeTable::has_bits(int least, int most) const {
-  return std::any_of(ranges_.begin(), ranges_.end(), [&](const FakeQuantizeRange& range) {
-    return least <= range.spec.bits && range.spec.bits <= most;
-  });
+QuantizeEntry QuantizeTable::next_entry(const FakeQuantizeRange& range) const {
+  const int bits = range.spec.bits;
+  const bool uniform = !is_sign_quantized(bits) && bits < kCastBits;
+  const std::int64_t groups = bits < kCastBits ? range.spec.groups : 1;
+  const std::int64_t group_numel = range.numel / groups;
+  const bool stochastic = uniform && range.spec.rounding == Rounding::stochastic;
+  const std::int64_t origin = stochastic ? range.begin - range.key.first_element : 0;
+  const std::int64_t alignment = stochastic ? kStochasticBlock : 8;
+  // A tile may have to begin before its group.
+  const bool aligned = (range.begin - origin) % alignment == 0 && group_numel % alignment == 0;
+  const std::int64_t span = group_numel + (aligned ? 0 : alignment - 1);
+  const std::int64_t tiles = (span + kTileElements - 1) / kTileElements;
+  return {.range = range,
+          .groups = groups,
+          .first_group = groups_,
+          .group_numel = group_numel,
+          .origin = origin,
+          .alignment = alignment,
+          .tiles_per_group = tiles,
+          .first_item = items_,
+          .task = uniform && tiles > most_held_ ? TileTask::read : TileTask::do_both,
+          .chunks = {range.numel, range.spec.groups},
+          .first_chunk = chunks_};
+}
+
+bool QuantizeTable::has_ternary() const {
+  return std::any_of(ranges_.begin(), ranges_.end(),
+                     [](const FakeQuantizeRange& range) { return range.spec.bits == 2; });
 }
 
 }  // namespace bitfall

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <map>
+#include <memory>
 #include <vector>
 
 namespace emulator {
@@ -19,11 +20,11 @@ constexpr std::size_t kStackBytes = 256 * 1024;
 constexpr std::size_t kMostSharedBytes = 227 * 1024, kMostThreads = 1024;
 constexpr unsigned kMostAlongAxis = 65535;  ///< of y and z
 
-enum class Waiting { no, for_block, for_warp };
+enum class Waiting { no, for_block, for_warp, for_other_blocks };
 
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack = std::vector<char>(kStackBytes);
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
   Index index;
   std::size_t number;
   Waiting waiting;
@@ -37,10 +38,18 @@ struct Warp {
   std::size_t arrivals[2];
 };
 
-std::vector<Fiber> fibers;  ///< kept, for their stacks
-std::vector<Warp> warps;
-std::vector<std::byte> shared_memory;
+/// A block in flight; `alive` is 0 when it has ended.
+struct Block {
+  Index index;
+  std::vector<Fiber> fibers;  ///< kept, for their stacks
+  std::vector<Warp> warps;
+  std::vector<std::byte> shared_memory;
+  std::size_t alive = 0;
+};
+
+std::array<Block, kBlocksPerProcessor * kProcessors> blocks;
 ucontext_t scheduler;
+Block* running_block = nullptr;
 Fiber* running = nullptr;
 const std::function<void()>* body = nullptr;
 
@@ -52,11 +61,14 @@ void fiber_main() {
   yield();
 }
 
-void prepare_block(std::size_t threads) {
-  if (fibers.size() < threads) fibers.resize(threads);
-  warps.assign((threads + 31) / 32, Warp{});
+void start(Block& block, const Index& index, std::size_t threads, std::size_t shared_bytes) {
+  block.index = index;
+  block.alive = threads;
+  block.shared_memory.assign(shared_bytes + 256, std::byte{0xff});  // NaN
+  block.warps.assign((threads + 31) / 32, Warp{});
+  if (block.fibers.size() < threads) block.fibers.resize(threads);
   for (std::size_t number = 0; number < threads; ++number) {
-    Fiber& fiber = fibers[number];
+    Fiber& fiber = block.fibers[number];
     const auto n = static_cast<unsigned>(number);
     fiber.index = {n % block_size.x, n / block_size.x % block_size.y,
                    n / block_size.x / block_size.y};
@@ -65,14 +77,15 @@ void prepare_block(std::size_t threads) {
     fiber.done = false;
     fiber.exchanges = 0;
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, fiber_main, 0);
   }
 }
 
-/// Lets a fiber go on until it waits or ends; returns whether it came further.
+/// Lets a fiber go on until it waits or ends; returns whether it came further. What a fiber does
+/// between two waits for other blocks does not count.
 bool advance(Fiber& fiber) {
   const std::size_t exchanges = fiber.exchanges;
   const Waiting before = fiber.waiting;
@@ -80,33 +93,45 @@ bool advance(Fiber& fiber) {
   running = &fiber;
   thread_index = fiber.index;
   swapcontext(&scheduler, &fiber.context);
-  const bool same = !fiber.done && fiber.waiting == Waiting::for_warp &&
-                    before == Waiting::for_warp && fiber.exchanges == exchanges;
+  const bool same = !fiber.done && fiber.waiting == before && before != Waiting::no &&
+                    fiber.exchanges == exchanges;
   return !same;
 }
 
-void run_block(std::size_t threads) {
-  prepare_block(threads);
-  std::size_t alive = threads;
-  while (alive > 0) {
-    bool progress = false;
+/// Lets a block go on until it ends or can only wait for others; returns whether it came further.
+bool advance(Block& block, std::size_t threads) {
+  running_block = &block;
+  block_index = block.index;
+  for (bool further = false;; further = true) {
+    bool progress = false, waits_for_blocks = false;
     std::size_t at_barrier = 0;
     for (std::size_t number = 0; number < threads; ++number) {
-      Fiber& fiber = fibers[number];
+      Fiber& fiber = block.fibers[number];
       if (fiber.done) continue;
       if (fiber.waiting == Waiting::for_block) {
         ++at_barrier;
         continue;
       }
       progress = advance(fiber) || progress;
-      alive -= fiber.done ? 1 : 0;
+      block.alive -= fiber.done ? 1 : 0;
+      waits_for_blocks = waits_for_blocks || fiber.waiting == Waiting::for_other_blocks;
     }
-    if (at_barrier > 0 && at_barrier == alive) {
-      for (std::size_t number = 0; number < threads; ++number) fibers[number].waiting = Waiting::no;
+    if (at_barrier > 0 && at_barrier == block.alive) {
+      for (std::size_t number = 0; number < threads; ++number)
+        block.fibers[number].waiting = Waiting::no;
       progress = true;
     }
-    check(progress || alive == 0, "threads wait for others that never come");
+    if (block.alive == 0) return true;
+    check(progress || waits_for_blocks, "threads wait for others that never come");
+    if (!progress) return further;
   }
+}
+
+/// Position number `number` in the grid.
+Index index_in_grid(std::uint64_t number) {
+  return {static_cast<unsigned>(number % grid_size.x),
+          static_cast<unsigned>(number / grid_size.x % grid_size.y),
+          static_cast<unsigned>(number / grid_size.x / grid_size.y)};
 }
 
 }  // namespace
@@ -125,9 +150,14 @@ void wait_for_block() {
   yield();
 }
 
+void wait_for_other_blocks() {
+  running->waiting = Waiting::for_other_blocks;
+  yield();
+}
+
 std::array<std::uint64_t, 32> exchange_words(std::uint64_t word) {
   Fiber& self = *running;
-  Warp& warp = warps[self.number / 32];
+  Warp& warp = running_block->warps[self.number / 32];
   const std::size_t set = self.exchanges % 2;
   const std::size_t awaited = 32 * (self.exchanges / 2 + 1);
   ++self.exchanges;
@@ -141,7 +171,7 @@ std::array<std::uint64_t, 32> exchange_words(std::uint64_t word) {
 }
 
 void* dynamic_shared_memory() {
-  const auto address = reinterpret_cast<std::uintptr_t>(shared_memory.data());
+  const auto address = reinterpret_cast<std::uintptr_t>(running_block->shared_memory.data());
   return reinterpret_cast<void*>((address + 255) / 256 * 256);
 }
 
@@ -155,14 +185,20 @@ void run(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<vo
   grid_size = {grid.x, grid.y, grid.z};
   block_size = {block.x, block.y, block.z};
   body = &kernel;
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        block_index = {x, y, z};
-        shared_memory.assign(shared_bytes + 256, std::byte{0xff});  // NaN
-        run_block(threads);
+  const std::uint64_t count = std::uint64_t{grid.x} * grid.y * grid.z;
+  std::uint64_t started = 0;
+  for (bool alive = true; alive;) {
+    bool progress = false;
+    alive = false;
+    for (Block& block : blocks) {
+      if (block.alive > 0) progress = advance(block, threads) || progress;
+      for (; block.alive == 0 && started < count; progress = true) {
+        start(block, index_in_grid(started++), threads, shared_bytes);
+        advance(block, threads);
       }
+      alive = alive || block.alive > 0;
     }
+    check(progress || !alive, "blocks wait for others that never come");
   }
 }
 

@@ -3,6 +3,10 @@
 // barriers and warp operations; a warp operation that not all lanes reach is a deadlock, and
 // reported.
 //
+// Blocks start in order, one when the last has ended. Only where a block waits for another the next
+// one starts, as long as there is room for it; blocks in flight then take turns. If all of them
+// wait, that is a deadlock too.
+//
 // What it cannot find: races within a warp between two waits, the rounding of tensor cores and
 // fused multiply-add, limits of registers, anything about speed.
 #pragma once
@@ -26,6 +30,9 @@ namespace emulator {
 struct Index {
   unsigned x, y, z;
 };
+/// The emulated GPU, which has room for few blocks, so that tests come to its limits.
+inline constexpr int kProcessors = 4, kBlocksPerProcessor = 2;
+
 extern Index thread_index, block_index, block_size, grid_size;
 
 /// Ends the program with `what` unless `condition` holds.
@@ -33,6 +40,9 @@ void check(bool condition, const char* what);
 /// Position of the running thread in its warp.
 int lane();
 void wait_for_block();
+/// To be called again and again until another block has done what the thread waits for; between
+/// that and its next wait it must come to a barrier.
+void wait_for_other_blocks();
 /// The words of all lanes of the warp, once each has brought its own.
 std::array<std::uint64_t, 32> exchange_words(std::uint64_t word);
 void* dynamic_shared_memory();

@@ -137,6 +137,16 @@ std::vector<FakeQuantizeRange> many_ranges(std::int64_t numel) {
   return ranges;
 }
 
+/// `ranges` of `master` into `working` one by one, on the CPU.
+void quantize_one_by_one(std::span<const FakeQuantizeRange> ranges, const Tensor& master,
+                         const Tensor& working) {
+  CpuBackend cpu(CpuIsa::generic);
+  for (const FakeQuantizeRange& range : ranges)
+    fake_quantize(cpu, range.spec, range.key, range.mix,
+                  master.flat_slice(range.begin, range.numel),
+                  working.flat_slice(range.begin, range.numel));
+}
+
 // All at once, and on every device, as the CPU does range by range.
 TEST_P(FakeQuantize, RangesAreQuantizedEachInItsWay) {
   const std::int64_t numel = 76'000;
@@ -145,11 +155,7 @@ TEST_P(FakeQuantize, RangesAreQuantizedEachInItsWay) {
   const std::vector<FakeQuantizeRange> ranges = many_ranges(numel);
   ASSERT_GT(ranges.size(), 30u);
   const Tensor working = zeros(master.shape, dtype()), expected = zeros(master.shape, dtype());
-  CpuBackend cpu(CpuIsa::generic);
-  for (const FakeQuantizeRange& range : ranges)
-    fake_quantize(cpu, range.spec, range.key, range.mix,
-                  master.flat_slice(range.begin, range.numel),
-                  expected.flat_slice(range.begin, range.numel));
+  quantize_one_by_one(ranges, master, expected);
   // The same ranges again, and others after them.
   for (const std::size_t count : {ranges.size(), ranges.size(), std::size_t{5}}) {
     std::memset(working.data, 0, working.bytes());
@@ -159,6 +165,37 @@ TEST_P(FakeQuantize, RangesAreQuantizedEachInItsWay) {
     for (const double rest : values(working.flat_slice(end, numel - end))) ASSERT_EQ(rest, 0.0);
   }
   EXPECT_EQ(values(master), masters);
+}
+
+// A block of a GPU holds 8192 elements; the emulated GPU lets four blocks wait for each other.
+TEST_P(FakeQuantize, GroupsOfManyTilesAreOneGroup) {
+  constexpr Rounding kNearest = Rounding::nearest, kStochastic = Rounding::stochastic;
+  const std::int64_t tile = 8192;
+  std::vector<FakeQuantizeRange> ranges{
+      {0, 8 * tile, {8, 2}},
+      {0, 2 * tile, {2, 1}},
+      {0, 4 * tile + 1, {5, 1, kAsymmetric, kNearest}, {}, 0.3f},
+      {0, 3 * (4 * tile + 8), {8, 3}},
+      {0, tile + 1, {16, 1}},
+      {0, 2 * 33'001, {4, 2, kAsymmetric, kStochastic}, {7, 8, 9}},
+      {0, 3 * 19'999, {6, 3, kSymmetric, kStochastic}, {7, 8, 5, 77}},
+      {0, tile + 77, {1, 1}},
+      {0, 12 * tile, {8, 1, kSymmetric, kStochastic}}};
+  std::int64_t numel = 0;
+  for (FakeQuantizeRange& range : ranges) {
+    range.begin = numel;
+    numel += range.numel + 3;
+  }
+  const Tensor master = random(Shape{numel}, DType::f32, 0.04);
+  const Tensor working = zeros(master.shape, dtype()), expected = zeros(master.shape, dtype());
+  quantize_one_by_one(ranges, master, expected);
+  backend().fake_quantize(ranges, master, working);
+  EXPECT_TRUE(values(working) == values(expected));
+  if (dtype() != DType::f32) return;
+  std::memcpy(expected.data, master.data, master.bytes());  // what lies between ranges stays
+  quantize_one_by_one(ranges, master, expected);
+  backend().fake_quantize(ranges, master, master);
+  EXPECT_TRUE(values(master) == values(expected)) << "in place";
 }
 
 TEST_P(FakeQuantize, MixBlendsMasterAndQuantizedWeight) {
@@ -237,6 +274,23 @@ TEST_P(FakeQuantize, RefusesWhatDoesNotFit) {
 }
 
 BITFALL_BACKEND_SUITE(FakeQuantize);
+
+class FakeQuantizeHugeGroups : public FakeQuantize {};
+
+// More than half of a large GPU holds. Not emulated, since it takes long.
+TEST_P(FakeQuantizeHugeGroups, AreQuantizedAsOnTheCpu) {
+  const std::int64_t numel = 3 * 5'000'000;
+  const Tensor master = random(Shape{numel}, DType::f32, 0.04);
+  const Tensor working = zeros(master.shape, dtype()), expected = zeros(master.shape, dtype());
+  const FakeQuantizeRange all{0, numel, {8, 3, kAsymmetric, Rounding::nearest}};
+  quantize_one_by_one({&all, 1}, master, expected);
+  backend().fake_quantize({&all, 1}, master, working);
+  EXPECT_EQ(std::memcmp(working.data, expected.data, working.bytes()), 0);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeHugeGroups,
+                         testing::Values(BackendCase{CpuIsa::generic, DType::bf16, Device::cuda}),
+                         case_name);
 
 /// Every byte of the result, on one thread count and instruction set.
 std::vector<std::uint16_t> half_bits(CpuIsa isa, int threads, const QuantSpec& spec,

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <utility>
 
 #include "tests/cuda_emulation/emulator.h"
 
@@ -13,12 +14,14 @@
 #define __device__
 #define __host__
 #define __global__
-#define __launch_bounds__(threads)
-// One block runs at a time, so what its threads share may be static.
+#define __launch_bounds__(...)
+// May be static while one block runs at a time; one that waits for others has to take the dynamic
+// shared memory of its launch.
 #define __shared__ static
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorNoDevice = 100 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2;
 
@@ -50,6 +53,15 @@ inline cudaError_t cudaGetDeviceCount(int* count) {
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   *properties = {"emulator on the CPU", {}, std::size_t{8} << 30, 9, 0};
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = emulator::kProcessors;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, std::size_t) {
+  *blocks = emulator::kBlocksPerProcessor;
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
@@ -102,6 +114,8 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
 #define gridDim (emulator::grid_size)
 
 inline void __syncthreads() { emulator::wait_for_block(); }
+inline void __nanosleep(unsigned) { emulator::wait_for_other_blocks(); }
+inline void __threadfence() {}
 inline void __syncwarp() { emulator::exchange<int>(0); }
 
 template <typename T>
@@ -131,15 +145,17 @@ template <typename T>
 T max(T a, T b) {
   return a < b ? b : a;
 }
-inline int atomicMin(int* address, int value) {
-  const int old = *address;
-  *address = min(old, value);
-  return old;
+template <typename T>
+T atomicMin(T* address, T value) {
+  return std::exchange(*address, min(*address, value));
 }
-inline int atomicMax(int* address, int value) {
-  const int old = *address;
-  *address = max(old, value);
-  return old;
+template <typename T>
+T atomicMax(T* address, T value) {
+  return std::exchange(*address, max(*address, value));
+}
+template <typename T>
+T atomicAdd(T* address, T value) {
+  return std::exchange(*address, *address + value);
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
