@@ -8,7 +8,8 @@ set(BITFALL_CUDA AUTO CACHE STRING "The CUDA backend: ON, OFF or AUTO")
 
 # A run-time library of another build must not be taken for this one's: both carry this.
 set(interface "")
-foreach(header core/backend.h core/communicator.h core/quant_spec.h core/rng.h core/tensor.h csrc_cuda/plugin.h)
+foreach(header core/backend.h core/communicator.h core/quant_spec.h core/rng.h core/tensor.h core/update_decision.h
+       csrc_cuda/plugin.h)
   file(SHA256 ${PROJECT_SOURCE_DIR}/${header} hash)
   string(APPEND interface ${hash})
   set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/${header})

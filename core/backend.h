@@ -31,6 +31,7 @@
 #include "core/quant_spec.h"
 #include "core/rng.h"
 #include "core/tensor.h"
+#include "core/update_decision.h"
 
 namespace bitfall {
 
@@ -121,7 +122,6 @@ struct AdamStep {
   float bias_correction1 = 1;  ///< 1 - beta1^t, or 1 when bias_correction is off
   float bias_correction2 = 1;  ///< 1 - beta2^t, or 1 when bias_correction is off
   bool adam_w_mode = true;     ///< decoupled decay; otherwise decay is added to the gradient (L2)
-  float gradient_multiplier = 1;  ///< unscale and clip in one factor
 };
 
 /// A range of the flat buffers with one weight decay.
@@ -138,11 +138,6 @@ struct FakeQuantizeRange {
   float mix = 0;                      ///< share of the unquantized weight
 
   bool operator==(const FakeQuantizeRange&) const = default;
-};
-
-/// What the host must know of a backward pass before it can update.
-struct LossAndSquaredNorm {
-  double loss = 0, squared_norm = 0;
 };
 
 class Backend {
@@ -282,16 +277,24 @@ class Backend {
   // ---------------------------------------
   /// Sum of squares, accumulated in f64; NaN or infinity if any element is not finite.
   virtual double squared_sum(const Tensor& x) = 0;
-  /// `loss` [1] f32 and squared_sum(gradient), for which the host waits once.
-  virtual LossAndSquaredNorm loss_and_squared_norm(const Tensor& loss, const Tensor& gradient) = 0;
+  /// Writes decided_update() of `loss` [1] f32 and squared_sum(gradient) to `decision`, an
+  /// UpdateDecision as s8 [sizeof(UpdateDecision)].
+  virtual void decide_update(const Tensor& loss, const Tensor& gradient, const UpdateLimits& limits,
+                             const Tensor& decision) = 0;
+  /// The same for a squared norm that the host knows.
+  virtual void decide_update(const Tensor& loss, double squared_norm, const UpdateLimits& limits,
+                             const Tensor& decision) = 0;
+  /// What the last decide_update has written; waits for that, not for operations behind it.
+  virtual UpdateDecision last_decision() = 0;
   /// Inner product, accumulated in f64.
   virtual double dot(const Tensor& x, const Tensor& y) = 0;
   /// y = alpha * x + beta * y. With beta = 0, y is not read.
   virtual void axpby(float alpha, const Tensor& x, float beta, const Tensor& y) = 0;
-  /// Updates master, exp_avg and exp_avg_sq (flat f32) from gradient, in one pass, range by range.
+  /// Updates master, exp_avg and exp_avg_sq (flat f32) from gradient * gradient_multiplier of the
+  /// `decision`, in one pass, range by range; leaves them alone if it says skip.
   virtual void adam_update(const AdamStep& step, std::span<const DecayRange> ranges,
-                           const Tensor& gradient, const Tensor& master, const Tensor& exp_avg,
-                           const Tensor& exp_avg_sq) = 0;
+                           const Tensor& decision, const Tensor& gradient, const Tensor& master,
+                           const Tensor& exp_avg, const Tensor& exp_avg_sq) = 0;
   /// working (compute dtype) = mix * master + (1 - mix) * quantize(master), spec A5, range by
   /// range; bits >= 16 is a plain cast. master f32, working of the same size and perhaps its
   /// memory. The ranges are disjoint.

@@ -290,9 +290,16 @@ void check_span_tangent(const Tensor& logits, const Tensor& logits_tangent,
   check_tensor(kName, "dlogits_tangent", dlogits_tangent, logits.dtype, logits.shape);
 }
 
-void check_adam(std::span<const DecayRange> ranges, const Tensor& gradient, const Tensor& master,
-                const Tensor& exp_avg, const Tensor& exp_avg_sq) {
+void check_decide_update(const Tensor& loss, const Tensor& decision) {
+  constexpr const char* kName = "decide_update";
+  check_vector(kName, "loss", loss, 1);
+  check_tensor(kName, "decision", decision, DType::s8, Shape{sizeof(UpdateDecision)});
+}
+
+void check_adam(std::span<const DecayRange> ranges, const Tensor& decision, const Tensor& gradient,
+                const Tensor& master, const Tensor& exp_avg, const Tensor& exp_avg_sq) {
   constexpr const char* kName = "adam_update";
+  check_tensor(kName, "decision", decision, DType::s8, Shape{sizeof(UpdateDecision)});
   const std::int64_t numel = master.numel();
   check_vector(kName, "master", master, numel);
   check_vector(kName, "gradient", gradient, numel);

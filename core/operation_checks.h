@@ -47,8 +47,9 @@ void check_span(const char* operation, const Tensor& logits, const Tensor& seque
                 const Tensor& span_positions);
 void check_span_tangent(const Tensor& logits, const Tensor& logits_tangent,
                         const Tensor& sequence_starts, const Tensor& dlogits_tangent);
-void check_adam(std::span<const DecayRange> ranges, const Tensor& gradient, const Tensor& master,
-                const Tensor& exp_avg, const Tensor& exp_avg_sq);
+void check_decide_update(const Tensor& loss, const Tensor& decision);
+void check_adam(std::span<const DecayRange> ranges, const Tensor& decision, const Tensor& gradient,
+                const Tensor& master, const Tensor& exp_avg, const Tensor& exp_avg_sq);
 void check_fake_quantize(std::span<const FakeQuantizeRange> ranges, const Tensor& master,
                          const Tensor& working);
 

@@ -16,9 +16,16 @@ constexpr std::int64_t kChunk = 16384;
 
 double CpuBackend::squared_sum(const Tensor& x) { return dot(x, x); }
 
-LossAndSquaredNorm CpuBackend::loss_and_squared_norm(const Tensor& loss, const Tensor& gradient) {
-  check_vector("loss_and_squared_norm", "loss", loss, 1);
-  return {*loss.as<float>(), squared_sum(gradient)};
+void CpuBackend::decide_update(const Tensor& loss, const Tensor& gradient,
+                               const UpdateLimits& limits, const Tensor& decision) {
+  decide_update(loss, squared_sum(gradient), limits, decision);
+}
+
+void CpuBackend::decide_update(const Tensor& loss, double squared_norm, const UpdateLimits& limits,
+                               const Tensor& decision) {
+  check_decide_update(loss, decision);
+  last_decision_ = decided_update(*loss.as<float>(), squared_norm, limits);
+  *decision.as<UpdateDecision>() = last_decision_;
 }
 
 double CpuBackend::dot(const Tensor& x, const Tensor& y) {
@@ -46,9 +53,12 @@ void CpuBackend::axpby(float alpha, const Tensor& x, float beta, const Tensor& y
 }
 
 void CpuBackend::adam_update(const AdamStep& step, std::span<const DecayRange> ranges,
-                             const Tensor& gradient, const Tensor& master, const Tensor& exp_avg,
-                             const Tensor& exp_avg_sq) {
-  check_adam(ranges, gradient, master, exp_avg, exp_avg_sq);
+                             const Tensor& decision, const Tensor& gradient, const Tensor& master,
+                             const Tensor& exp_avg, const Tensor& exp_avg_sq) {
+  check_adam(ranges, decision, gradient, master, exp_avg, exp_avg_sq);
+  const auto* const decided = decision.as<const UpdateDecision>();
+  if (decided->skip != 0) return;
+  const float multiplier = decided->gradient_multiplier;
   const std::int64_t numel = master.numel();
 #pragma omp parallel if (numel > kChunk)
   for (const DecayRange& range : ranges) {
@@ -58,7 +68,7 @@ void CpuBackend::adam_update(const AdamStep& step, std::span<const DecayRange> r
       const std::int64_t begin = range.begin + first;
       const std::int64_t rest = range.numel - first;
       kernels_.adam->update(
-          step, range.weight_decay,
+          step, range.weight_decay, multiplier,
           {gradient.as<float>() + begin, master.as<float>() + begin, exp_avg.as<float>() + begin,
            exp_avg_sq.as<float>() + begin, rest < kChunk ? rest : kChunk});
     }

@@ -112,11 +112,16 @@ class CpuBackend final : public Backend {
 
   // adam.cpp
   double squared_sum(const Tensor& x) override;
-  LossAndSquaredNorm loss_and_squared_norm(const Tensor& loss, const Tensor& gradient) override;
+  void decide_update(const Tensor& loss, const Tensor& gradient, const UpdateLimits& limits,
+                     const Tensor& decision) override;
+  void decide_update(const Tensor& loss, double squared_norm, const UpdateLimits& limits,
+                     const Tensor& decision) override;
+  UpdateDecision last_decision() override { return last_decision_; }
   double dot(const Tensor& x, const Tensor& y) override;
   void axpby(float alpha, const Tensor& x, float beta, const Tensor& y) override;
-  void adam_update(const AdamStep& step, std::span<const DecayRange> ranges, const Tensor& gradient,
-                   const Tensor& master, const Tensor& exp_avg, const Tensor& exp_avg_sq) override;
+  void adam_update(const AdamStep& step, std::span<const DecayRange> ranges, const Tensor& decision,
+                   const Tensor& gradient, const Tensor& master, const Tensor& exp_avg,
+                   const Tensor& exp_avg_sq) override;
 
   // fake_quantize.cpp
   void fake_quantize(std::span<const FakeQuantizeRange> ranges, const Tensor& master,
@@ -142,6 +147,7 @@ class CpuBackend final : public Backend {
   const KernelTable& kernels_;
   std::unique_ptr<MatmulCache> matmul_;
   Buffer scratch_;
+  UpdateDecision last_decision_;
 };
 
 }  // namespace bitfall

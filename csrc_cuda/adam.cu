@@ -31,13 +31,23 @@ __global__ void dot_parts_kernel(const float* x, const float* y, std::int64_t nu
   if (threadIdx.x == 0) parts[blockIdx.x] = total;
 }
 
-/// total = sum of the parts, by one block.
-__global__ void add_parts_kernel(const double* parts, int count, double* total) {
+/// Sum of the parts, by one block.
+__device__ inline double total_of(const double* parts, int count) {
   __shared__ double shared[kBlockThreads / kWarpThreads];
   double sum = 0;
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kBlockThreads) sum += parts[i];
-  sum = block_sum(sum, shared);
+  return block_sum(sum, shared);
+}
+
+__global__ void add_parts_kernel(const double* parts, int count, double* total) {
+  const double sum = total_of(parts, count);
   if (threadIdx.x == 0) *total = sum;
+}
+
+__global__ void decide_kernel(const float* loss, const double* parts, int count,
+                              UpdateLimits limits, UpdateDecision* decision) {
+  const double squared_norm = total_of(parts, count);
+  if (threadIdx.x == 0) *decision = decided_update(*loss, squared_norm, limits);
 }
 
 __global__ void axpby_kernel(float alpha, const float* x, float beta, float* y,
@@ -71,6 +81,7 @@ struct RangeList {
 };
 
 struct AdamPointers {
+  const UpdateDecision* decision;
   const float* gradient;
   float *master, *exp_avg, *exp_avg_sq;
 };
@@ -80,10 +91,10 @@ struct AdamElement {
 };
 
 /// One element of the update, statement by statement as in csrc_cpu/kernels/adam.cpp.
-__device__ inline AdamElement updated(const AdamStep& step, float weight_decay, float gradient,
-                                      const AdamElement& old) {
+__device__ inline AdamElement updated(const AdamStep& step, float weight_decay, float multiplier,
+                                      float gradient, const AdamElement& old) {
   const float weight = old.master;
-  float g = gradient * step.gradient_multiplier;
+  float g = gradient * multiplier;
   if (!step.adam_w_mode) g += weight_decay * weight;
   const float m = step.beta1 * old.exp_avg + (1.0f - step.beta1) * g;
   const float v = step.beta2 * old.exp_avg_sq + (1.0f - step.beta2) * g * g;
@@ -94,6 +105,8 @@ __device__ inline AdamElement updated(const AdamStep& step, float weight_decay, 
 }
 
 __global__ void adam_kernel(AdamStep step, RangeList ranges, AdamPointers data) {
+  if (data.decision->skip != 0) return;
+  const float multiplier = data.decision->gradient_multiplier;
   const RangeList::Entry& range =
       entry_of<&RangeList::Entry::first_block>(ranges.entry, ranges.count, blockIdx.x);
   // Blocks begin at multiples of eight elements of the buffer, where 16-byte accesses are possible.
@@ -107,7 +120,7 @@ __global__ void adam_kernel(AdamStep step, RangeList ranges, AdamPointers data) 
   Eight exp_avg_sq = load_eight(data.exp_avg_sq, first, range.begin, range.end);
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    const AdamElement element = updated(step, range.weight_decay, gradient.value[j],
+    const AdamElement element = updated(step, range.weight_decay, multiplier, gradient.value[j],
                                         {master.value[j], exp_avg.value[j], exp_avg_sq.value[j]});
     master.value[j] = element.master;
     exp_avg.value[j] = element.exp_avg;
@@ -137,20 +150,38 @@ RangeList take_ranges(std::span<const DecayRange>& rest, std::int64_t& blocks) {
 
 double CudaBackend::squared_sum(const Tensor& x) { return dot(x, x); }
 
-LossAndSquaredNorm CudaBackend::loss_and_squared_norm(const Tensor& loss, const Tensor& gradient) {
-  check_vector("loss_and_squared_norm", "loss", loss, 1);
-  const double* const squared_norm = enqueue_dot(gradient, gradient);
-  const cudaStream_t stream = this->stream();
-  cuda_check(cudaMemcpyAsync(&host_numbers_->loss, device_data<const float>(loss), sizeof(float),
-                             cudaMemcpyDeviceToHost, stream),
-             "cudaMemcpyAsync");
-  const double norm = read(squared_norm);
-  return {host_numbers_->loss, norm};
+void CudaBackend::decide_update(const Tensor& loss, const Tensor& gradient,
+                                const UpdateLimits& limits, const Tensor& decision) {
+  enqueue_decision(loss, enqueue_dot(gradient, gradient), limits, decision);
 }
 
-double CudaBackend::dot(const Tensor& x, const Tensor& y) { return read(enqueue_dot(x, y)); }
+void CudaBackend::decide_update(const Tensor& loss, double squared_norm, const UpdateLimits& limits,
+                                const Tensor& decision) {
+  auto* const given = static_cast<double*>(scratch(sizeof(double)));
+  staging_.copy(&squared_norm, given, sizeof(double), stream());
+  enqueue_decision(loss, {given, 1}, limits, decision);
+}
 
-const double* CudaBackend::enqueue_dot(const Tensor& x, const Tensor& y) {
+void CudaBackend::enqueue_decision(const Tensor& loss, const DotParts& squared_norm,
+                                   const UpdateLimits& limits, const Tensor& decision) {
+  check_decide_update(loss, decision);
+  const cudaStream_t stream = this->stream();
+  auto* const decided = device_data<UpdateDecision>(decision);
+  decide_kernel<<<1, kBlockThreads, 0, stream>>>(device_data<const float>(loss), squared_norm.sums,
+                                                 squared_norm.count, limits, decided);
+  check_launch("decide_update");
+  cuda_check(cudaMemcpyAsync(&host_numbers_->decision, decided, sizeof(UpdateDecision),
+                             cudaMemcpyDeviceToHost, stream),
+             "cudaMemcpyAsync");
+  cuda_check(cudaEventRecord(decision_read_.get(), stream), "cudaEventRecord");
+}
+
+UpdateDecision CudaBackend::last_decision() {
+  cuda_check(cudaEventSynchronize(decision_read_.get()), "cudaEventSynchronize");
+  return host_numbers_->decision;
+}
+
+CudaBackend::DotParts CudaBackend::enqueue_dot(const Tensor& x, const Tensor& y) {
   check_vector("dot", "x", x, x.numel());
   check_vector("dot", "y", y, x.numel());
   const std::int64_t numel = x.numel();
@@ -158,23 +189,23 @@ const double* CudaBackend::enqueue_dot(const Tensor& x, const Tensor& y) {
   const std::int64_t parts =
       std::clamp<std::int64_t>((numel + kBlockElements - 1) / kBlockElements, 1, kMostParts);
   auto* const sums = static_cast<double*>(scratch((kMostParts + 1) * sizeof(double)));
-  const cudaStream_t stream = this->stream();
-  dot_parts_kernel<<<static_cast<unsigned>(parts), kBlockThreads, 0, stream>>>(
+  dot_parts_kernel<<<static_cast<unsigned>(parts), kBlockThreads, 0, stream()>>>(
       device_data<const float>(x), device_data<const float>(y), numel, sums);
   check_launch("dot");
-  add_parts_kernel<<<1, kBlockThreads, 0, stream>>>(sums, static_cast<int>(parts),
-                                                    sums + kMostParts);
-  check_launch("dot");
-  return sums + kMostParts;
+  return {sums, static_cast<int>(parts)};
 }
 
-double CudaBackend::read(const double* number) {
+double CudaBackend::dot(const Tensor& x, const Tensor& y) {
+  const DotParts parts = enqueue_dot(x, y);
+  double* const total = parts.sums + kMostParts;
   const cudaStream_t stream = this->stream();
-  cuda_check(cudaMemcpyAsync(&host_numbers_->number, number, sizeof(double), cudaMemcpyDeviceToHost,
-                             stream),
-             "cudaMemcpyAsync");
+  add_parts_kernel<<<1, kBlockThreads, 0, stream>>>(parts.sums, parts.count, total);
+  check_launch("dot");
+  cuda_check(
+      cudaMemcpyAsync(&host_numbers_->dot, total, sizeof(double), cudaMemcpyDeviceToHost, stream),
+      "cudaMemcpyAsync");
   cuda_check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
-  return host_numbers_->number;
+  return host_numbers_->dot;
 }
 
 void CudaBackend::axpby(float alpha, const Tensor& x, float beta, const Tensor& y) {
@@ -187,10 +218,11 @@ void CudaBackend::axpby(float alpha, const Tensor& x, float beta, const Tensor& 
 }
 
 void CudaBackend::adam_update(const AdamStep& step, std::span<const DecayRange> ranges,
-                              const Tensor& gradient, const Tensor& master, const Tensor& exp_avg,
-                              const Tensor& exp_avg_sq) {
-  check_adam(ranges, gradient, master, exp_avg, exp_avg_sq);
-  const AdamPointers data{device_data<const float>(gradient), device_data<float>(master),
+                              const Tensor& decision, const Tensor& gradient, const Tensor& master,
+                              const Tensor& exp_avg, const Tensor& exp_avg_sq) {
+  check_adam(ranges, decision, gradient, master, exp_avg, exp_avg_sq);
+  const AdamPointers data{device_data<const UpdateDecision>(decision),
+                          device_data<const float>(gradient), device_data<float>(master),
                           device_data<float>(exp_avg), device_data<float>(exp_avg_sq)};
   const cudaStream_t stream = this->stream();
   while (!ranges.empty()) {

@@ -42,6 +42,7 @@ CudaBackend::CudaBackend(int device_index, std::optional<std::uintptr_t> stream)
       own_stream_(stream ? CudaStream() : make_stream()),
       stream_(stream ? reinterpret_cast<cudaStream_t>(*stream) : own_stream_.get()),
       host_numbers_(allocate_pinned<HostNumbers>(sizeof(HostNumbers))),
+      decision_read_(make_event()),
       matmul_(std::make_unique<MatmulPlans>()),
       quantize_table_(std::make_unique<QuantizeTable>()) {}
 

@@ -110,11 +110,16 @@ class CudaBackend final : public Backend {
 
   // adam.cu
   double squared_sum(const Tensor& x) override;
-  LossAndSquaredNorm loss_and_squared_norm(const Tensor& loss, const Tensor& gradient) override;
+  void decide_update(const Tensor& loss, const Tensor& gradient, const UpdateLimits& limits,
+                     const Tensor& decision) override;
+  void decide_update(const Tensor& loss, double squared_norm, const UpdateLimits& limits,
+                     const Tensor& decision) override;
+  UpdateDecision last_decision() override;
   double dot(const Tensor& x, const Tensor& y) override;
   void axpby(float alpha, const Tensor& x, float beta, const Tensor& y) override;
-  void adam_update(const AdamStep& step, std::span<const DecayRange> ranges, const Tensor& gradient,
-                   const Tensor& master, const Tensor& exp_avg, const Tensor& exp_avg_sq) override;
+  void adam_update(const AdamStep& step, std::span<const DecayRange> ranges, const Tensor& decision,
+                   const Tensor& gradient, const Tensor& master, const Tensor& exp_avg,
+                   const Tensor& exp_avg_sq) override;
 
   // fake_quantize.cu
   void fake_quantize(std::span<const FakeQuantizeRange> ranges, const Tensor& master,
@@ -129,10 +134,15 @@ class CudaBackend final : public Backend {
  private:
   /// Memory of at least `bytes` that the next operation may overwrite; grows and is kept.
   void* scratch(std::size_t bytes);
-  /// Inner product in scratch memory. adam.cu
-  const double* enqueue_dot(const Tensor& x, const Tensor& y);
-  /// A number on the GPU, for which the host waits. adam.cu
-  double read(const double* number);
+  /// Sums of the parts of an inner product, in scratch memory.
+  struct DotParts {
+    double* sums;
+    int count;
+  };
+  DotParts enqueue_dot(const Tensor& x, const Tensor& y);  ///< adam.cu
+  /// Decides, and begins to bring the decision to the host. adam.cu
+  void enqueue_decision(const Tensor& loss, const DotParts& squared_norm,
+                        const UpdateLimits& limits, const Tensor& decision);
   /// y = activation(pre_activation). elementwise.cu
   void activation_forward(Activation activation, const Tensor& pre_activation, const Tensor& y);
   /// sums [columns] f32 (+)= column sums of x [rows, columns]; not to be called with x in scratch
@@ -142,14 +152,15 @@ class CudaBackend final : public Backend {
   static std::int64_t column_sums_work(std::int64_t rows, std::int64_t columns);
 
   struct HostNumbers {
-    double number;
-    float loss;
+    double dot;
+    UpdateDecision decision;
   };
 
   int device_index_;
   CudaStream own_stream_;                   ///< null if the caller has given one
   cudaStream_t stream_;                     ///< null is CUDA's default stream
   PinnedMemory<HostNumbers> host_numbers_;  ///< where the GPU writes what the host waits for
+  CudaEvent decision_read_;                 ///< into host_numbers_
   PinnedStaging staging_;
   std::unique_ptr<MatmulPlans> matmul_;
   std::unique_ptr<QuantizeTable> quantize_table_;

@@ -43,6 +43,13 @@ using OwnedHandle = std::unique_ptr<std::remove_pointer_t<Handle>, HandleDeleter
 using CudaStream = OwnedHandle<cudaStream_t, cudaStreamDestroy>;
 using CudaEvent = OwnedHandle<cudaEvent_t, cudaEventDestroy>;
 
+/// For order only, not for times. Throws BackendError.
+inline CudaEvent make_event() {
+  cudaEvent_t event = nullptr;
+  cuda_check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+  return CudaEvent(event);
+}
+
 /// Host memory that the GPU reads and writes without a detour, so that copies need not wait.
 template <typename T>
 using PinnedMemory = std::unique_ptr<T, HandleDeleter<cudaFreeHost>>;

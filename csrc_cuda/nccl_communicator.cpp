@@ -14,12 +14,6 @@ CudaStream make_stream() {
   return CudaStream(stream);
 }
 
-CudaEvent make_event() {
-  cudaEvent_t event = nullptr;
-  cuda_check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
-  return CudaEvent(event);
-}
-
 ncclRedOp_t nccl_op(ReduceOp op) { return op == ReduceOp::mean ? ncclAvg : ncclSum; }
 
 ncclUniqueId shared_id(Communicator& host) {

@@ -3,15 +3,6 @@
 #include <cstring>
 
 namespace bitfall {
-namespace {
-
-CudaEvent make_event() {
-  cudaEvent_t event = nullptr;
-  cuda_check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
-  return CudaEvent(event);
-}
-
-}  // namespace
 
 void PinnedStaging::copy(const void* source, void* destination, std::size_t bytes,
                          cudaStream_t stream) {

@@ -160,12 +160,14 @@ std::vector<double> GradientReducer::squared_norms() const {
   return is_sliced() ? sum_over_ranks(communicator_, std::move(norms)) : norms;
 }
 
-LossAndSquaredNorm GradientReducer::loss_and_squared_norm(const Tensor& loss) const {
-  LossAndSquaredNorm result = backend_.loss_and_squared_norm(loss, store_.gradient());
-  if (is_sliced()) {
-    result.squared_norm = sum_over_ranks(communicator_, {result.squared_norm}).front();
-  }
-  return result;
+void GradientReducer::decide_update(const Tensor& loss, const UpdateLimits& limits,
+                                    const Tensor& decision) const {
+  const Tensor gradient = store_.gradient();
+  if (!is_sliced()) return backend_.decide_update(loss, gradient, limits, decision);
+  // Ranks add in f64, which only hosts do: so this one waits here.
+  const double squared_norm =
+      sum_over_ranks(communicator_, {backend_.squared_sum(gradient)}).front();
+  backend_.decide_update(loss, squared_norm, limits, decision);
 }
 
 }  // namespace bitfall

@@ -40,9 +40,9 @@ class GradientReducer {
   /// Waits until store.gradient() holds the means.
   void finish();
 
-  /// What `loss` [1] f32 holds, and the sum of squares of the whole mean gradient, the same on
-  /// every rank; not finite if any element is not. After finish().
-  LossAndSquaredNorm loss_and_squared_norm(const Tensor& loss) const;
+  /// Backend::decide_update for `loss` [1] f32 and the whole mean gradient, the same on every rank.
+  /// After finish().
+  void decide_update(const Tensor& loss, const UpdateLimits& limits, const Tensor& decision) const;
   /// The sum of squares of each parameter.
   std::vector<double> squared_norms() const;
   /// Memory beyond store.gradient().

@@ -106,14 +106,13 @@ void Optimizer::set_numbers(const std::vector<ParameterGroup>& groups) {
   }
 }
 
-AdamStep Optimizer::adam_step(const ParameterGroup& group, double gradient_multiplier) const {
+AdamStep Optimizer::adam_step(const ParameterGroup& group) const {
   AdamStep step;
   step.learning_rate = static_cast<float>(group.learning_rate);
   step.beta1 = static_cast<float>(group.betas[0]);
   step.beta2 = static_cast<float>(group.betas[1]);
   step.epsilon = static_cast<float>(group.eps);
   step.adam_w_mode = config_.adam_w_mode;
-  step.gradient_multiplier = static_cast<float>(gradient_multiplier);
   if (config_.bias_correction) {
     step.bias_correction1 = bias_correction(group.betas[0], steps_);
     step.bias_correction2 = bias_correction(group.betas[1], steps_);
@@ -121,15 +120,15 @@ AdamStep Optimizer::adam_step(const ParameterGroup& group, double gradient_multi
   return step;
 }
 
-void Optimizer::step(const ParameterStore& store, double gradient_multiplier) {
+void Optimizer::step(const ParameterStore& store, const Tensor& decision) {
   ++steps_;
   for (std::size_t i = 0; i < groups_.size(); ++i) {
     std::vector<DecayRange> ranges;
     for (const FlatRange& range : ranges_[i]) {
       ranges.push_back({range.begin, range.numel, static_cast<float>(groups_[i].weight_decay)});
     }
-    backend_.adam_update(adam_step(groups_[i], gradient_multiplier), ranges,
-                         store.gradient(store.owned()), store.master(), exp_avg_, exp_avg_sq_);
+    backend_.adam_update(adam_step(groups_[i]), ranges, decision, store.gradient(store.owned()),
+                         store.master(), exp_avg_, exp_avg_sq_);
   }
 }
 

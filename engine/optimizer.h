@@ -43,17 +43,18 @@ class Optimizer {
   /// another number of groups and for numbers that Adam cannot work with.
   void set_numbers(const std::vector<ParameterGroup>& groups);
 
-  /// Updates store.master() from store.gradient() * gradient_multiplier, in this rank's slice.
-  void step(const ParameterStore& store, double gradient_multiplier);
+  /// Updates store.master() from store.gradient() as `decision` of Backend::decide_update says, in
+  /// this rank's slice. Counts the step whatever was decided.
+  void step(const ParameterStore& store, const Tensor& decision);
 
-  /// Updates so far; sets the bias correction. Skipped steps do not count.
+  /// Updates so far; sets the bias correction. Who skips one sets it back.
   std::int64_t steps() const { return steps_; }
   void set_steps(std::int64_t steps) { steps_ = steps; }
   Tensor exp_avg() const { return exp_avg_; }        ///< [owned().numel] f32
   Tensor exp_avg_sq() const { return exp_avg_sq_; }  ///< [owned().numel] f32
 
  private:
-  AdamStep adam_step(const ParameterGroup& group, double gradient_multiplier) const;
+  AdamStep adam_step(const ParameterGroup& group) const;
 
   Backend& backend_;
   OptimizerConfig config_;

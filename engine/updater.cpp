@@ -21,6 +21,8 @@ Updater::Updater(Backend& backend, Communicator& communicator, const CompletedCo
       config_(config),
       store_(load_store(backend, communicator, this->config(), parameters, load_weights)),
       reducer_(backend, communicator, store_),
+      decision_buffer_(backend.allocate(sizeof(UpdateDecision))),
+      decision_(decision_buffer_.view(DType::s8, Shape{sizeof(UpdateDecision)})),
       loss_scaler_(this->config().loss_scale) {
   const Config& values = this->config();
   if (rule.kind == UpdateRule::Kind::schedule) {
@@ -40,7 +42,7 @@ Updater::Updater(Backend& backend, Communicator& communicator, const CompletedCo
     eigenvalues_ = std::make_unique<EigenvalueBoundary>(values.eigenvalue, values.seed, backend,
                                                         communicator, store_);
   }
-  publish_weights();
+  publish_weights(state_.global_step);
 }
 
 std::vector<BitStateSpec> Updater::bit_states() const {
@@ -75,26 +77,56 @@ StepResult Updater::step(const Tensor& loss, const MakeHessian& make_hessian,
     communicator_.all_reduce_async(loss, ReduceOp::mean);
     reducer_.finish();
   });
-  const LossAndSquaredNorm known =
-      timer_.measure("update", [&] { return reducer_.loss_and_squared_norm(loss); });
   StepResult result;
-  result.loss = known.loss;
   result.loss_scale = loss_scaler_.scale();
-  result.grad_norm = std::sqrt(known.squared_norm) / result.loss_scale;
   if (lr_schedule_) optimizer_->set_learning_rate(lr_schedule_->rate(state_.global_step));
   if (optimizer_) result.learning_rate = optimizer_->groups().front().learning_rate;
   ++state_.boundaries;
-  if (!std::isfinite(result.grad_norm)) return skip_step(std::move(result));
+  timer_.measure("update", [&] {
+    reducer_.decide_update(loss, {result.loss_scale, config().gradient_clipping}, decision_);
+  });
+  // Products cost too much to be in vain, and what the caller does cannot be taken back.
+  const bool host_decides = needs_eigenvalues || !optimizer_;
+  if (host_decides && is_skipped(result)) return skip_step(std::move(result));
 
   std::vector<double> eigenvalues;
   if (needs_eigenvalues) eigenvalues = compute_eigenvalues(make_hessian, result);
+  const Undo undo = this->undo();
   if (bit_schedule_) result.drops = bit_schedule_->advance(state_.global_step + 1, eigenvalues);
   if (!result.drops.empty()) check_ranks_agree_on_bits();
-  update(result, update_masters);
-  publish_weights();
-  result.step = state_.global_step;
+  timer_.measure("update", [&] { update(update_masters); });
+  publish_weights(state_.global_step + 1);
+  // The device has its work; it changes no master if it decided to skip the step.
+  if (!host_decides && is_skipped(result)) {
+    take_back(undo, result);
+    return skip_step(std::move(result));
+  }
+  loss_scaler_.on_success();
+  result.step = ++state_.global_step;
   result.bits = bits_per_state();
   return result;
+}
+
+bool Updater::is_skipped(StepResult& result) {
+  const UpdateDecision decision =
+      timer_.measure("update", [&] { return backend_.last_decision(); });
+  result.loss = decision.loss;
+  result.grad_norm = decision.grad_norm;
+  return decision.skip != 0;
+}
+
+Updater::Undo Updater::undo() const {
+  Undo undo;
+  if (optimizer_) undo.optimizer_steps = optimizer_->steps();
+  if (bit_schedule_) undo.bit_schedule = bit_schedule_->state();
+  return undo;
+}
+
+void Updater::take_back(const Undo& undo, StepResult& result) {
+  result.drops.clear();
+  optimizer_->set_steps(undo.optimizer_steps);
+  if (bit_schedule_) bit_schedule_->restore(undo.bit_schedule);
+  publish_weights(state_.global_step);
 }
 
 StepResult Updater::skip_step(StepResult result) {
@@ -131,27 +163,18 @@ std::vector<double> Updater::compute_eigenvalues(const MakeHessian& make_hessian
   return normalized;
 }
 
-void Updater::update(const StepResult& result, const UpdateMasters& update_masters) {
-  // The 1e-6 is DeepSpeed's and PyTorch's.
-  const double clipping = config().gradient_clipping;
-  const double clip = clipping > 0 ? std::min(1.0, clipping / (result.grad_norm + 1e-6)) : 1.0;
-  const double multiplier = clip / loss_scaler_.scale();
-  timer_.measure("update", [&] {
-    if (optimizer_) return optimizer_->step(store_, multiplier);
-    const Tensor gradient = store_.gradient();
-    if (multiplier != 1.0) {
-      backend_.axpby(static_cast<float>(multiplier), gradient, 0.0f, gradient);
-    }
-    update_masters();
-  });
-  loss_scaler_.on_success();
-  ++state_.global_step;
+void Updater::update(const UpdateMasters& update_masters) {
+  if (optimizer_) return optimizer_->step(store_, decision_);
+  const float multiplier = backend_.last_decision().gradient_multiplier;
+  const Tensor gradient = store_.gradient();
+  if (multiplier != 1.0f) backend_.axpby(multiplier, gradient, 0.0f, gradient);
+  update_masters();
 }
 
-void Updater::publish_weights() {
+void Updater::publish_weights(std::int64_t step) {
   timer_.measure("quantize", [&] {
     if (quantizer_) {
-      quantizer_->publish(backend_, store_, state_.global_step);
+      quantizer_->publish(backend_, store_, step);
     } else if (!store_.working_is_master()) {
       backend_.cast(store_.master(), store_.working(store_.owned()));
     }

@@ -104,7 +104,8 @@ class Updater {
   void contribute_nothing(Accumulate accumulate);
 
   /// The step: waits for the reductions, then norm, clipping, eigenvalues, bit schedule, new
-  /// masters and new working weights.
+  /// masters and new working weights. The device decides by the norm whether it updates; the host
+  /// waits for that decision when all is enqueued, or before eigenvalues and `update_masters`.
   ///
   /// `loss` [1] f32 on the device: this rank's share, of which the mean over ranks is the loss; it
   /// is overwritten by that mean. `make_hessian` is called if eigenvalues are due; its products are
@@ -160,10 +161,20 @@ class Updater {
   std::map<std::string, double> timings();
 
  private:
+  /// What a step moves on the host before it knows whether it is skipped.
+  struct Undo {
+    std::int64_t optimizer_steps = 0;
+    BitScheduleState bit_schedule;
+  };
+  Undo undo() const;
+  /// Publishes the weights of before, which are a function of masters, schedule and step.
+  void take_back(const Undo& undo, StepResult& result);
+  /// Waits for the decision and takes loss and norm from it.
+  bool is_skipped(StepResult& result);
   StepResult skip_step(StepResult result);
   std::vector<double> compute_eigenvalues(const MakeHessian& make_hessian, StepResult& result);
-  void update(const StepResult& result, const UpdateMasters& update_masters);
-  void publish_weights();
+  void update(const UpdateMasters& update_masters);
+  void publish_weights(std::int64_t step);
   [[noreturn]] void refuse_gradient(double loss) const;
   void check_ranks_agree_on_bits() const;
   CheckpointTensors checkpoint_tensors() const;
@@ -177,6 +188,8 @@ class Updater {
   CompletedConfig config_;
   ParameterStore store_;
   GradientReducer reducer_;
+  Buffer decision_buffer_;
+  Tensor decision_;                        ///< whether the step updates, in device memory
   std::optional<Optimizer> optimizer_;     ///< empty: the caller updates
   std::optional<LrSchedule> lr_schedule_;  ///< empty: the caller sets the rates
   LossScaler loss_scaler_;

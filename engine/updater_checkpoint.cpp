@@ -72,7 +72,7 @@ std::string Updater::load_checkpoint(const std::filesystem::path& directory, con
   loss_scaler_ = scaler;
   if (schedule) bit_schedule_->restore(schedule->state());
   release_evaluation_weights();
-  publish_weights();
+  publish_weights(state_.global_step);
   communicator_.barrier();
   return state_.client_state;
 }

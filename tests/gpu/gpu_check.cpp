@@ -65,6 +65,23 @@ void move_checkpoint(const Sizes& sizes, const std::string& from, const std::str
          Limit::at_most, 1e-4, "relative");
 }
 
+/// A loss scale that is too large at first: the GPU, which decides by itself, skips the CPU's
+/// steps.
+void overflow(const Sizes& sizes) {
+  SingleProcess alone;
+  const std::string large_scale =
+      R"(, "fp16": {"enabled": true, "initial_scale_power": 21, "hysteresis": 1})" + kMoq;
+  const auto cpu = make(sizes.model, "", large_scale, "cpu", alone);
+  const auto gpu = make(sizes.model, "", large_scale, "cuda", alone);
+  const std::vector<double> expected = train(*cpu, sizes, 0), seen = train(*gpu, sizes, 0);
+  report("loss beside the CPU's after overflows", largest_difference(seen, expected, seen.size()),
+         Limit::at_most, 2e-2, "relative");
+  const std::int64_t skipped = cpu->updater().skipped_steps();
+  const bool as_the_cpu = gpu->updater().skipped_steps() == skipped;
+  const bool some = 0 < skipped && skipped < sizes.steps;
+  report("steps skipped as on the CPU", as_the_cpu && some ? 1 : 0, Limit::at_least, 1, "");
+}
+
 /// A short MoQ training with dropout on both devices, and twice on the GPU.
 void compare(const Sizes& sizes) {
   for (const std::string precision : {"", "bf16", "fp16"}) {
@@ -78,6 +95,7 @@ void compare(const Sizes& sizes) {
     const bool repeated = losses(sizes, precision, "cuda") == gpu;
     report("repeated run gives equal losses, " + name, repeated ? 1 : 0, Limit::at_least, 1, "");
   }
+  overflow(sizes);
   move_checkpoint(sizes, "cuda", "cpu");
   move_checkpoint(sizes, "cpu", "cuda");
 }

@@ -157,17 +157,27 @@ TEST(Zero, AccumulationAndUnevenRanks) {
   }
 }
 
-// Only rank 0 has a sample, so only there the scaled gradients overflow.
+std::string working_bytes(Engine& engine) {
+  const Tensor working = engine.updater().store().working();
+  return {working.as<char>(), working.bytes()};
+}
+
+// Only rank 0 has a sample, so only there the scaled gradients overflow; all layers would drop.
 TEST(Zero, OverflowOnOneRankIsSeenByAll) {
   for (const int stage : {1, 2}) {
     const auto engine = engine_at(
-        stage,
-        R"("fp16": {"enabled": true, "initial_scale_power": 30, "hysteresis": 1}, )" + kPlain);
+        stage, R"("fp16": {"enabled": true, "initial_scale_power": 30, "hysteresis": 1}, )" +
+                   kPlain + R"(, "quantize_training": {"enabled": true,
+            "quantize_bits": {"start_bits": 8, "target_bits": 4},
+            "quantize_schedule": {"quantize_period": 1, "schedule_offset": 0},
+            "quantize_algo": {"rounding": "stochastic"}})");
     const std::vector<float> before = masters(*engine);
+    const std::string working_before = working_bytes(*engine);
     StepResult result = engine->train_batch(
         world().rank() == 0 ? std::vector<Batch>{tiny_batch(0, 1)} : std::vector<Batch>{});
     EXPECT_TRUE(result.skipped);
     EXPECT_TRUE(test::same_bits(masters(*engine), before));
+    EXPECT_TRUE(working_bytes(*engine) == working_before);
     for (int step = 0; step < 40 && result.skipped; ++step)
       result = engine->train_batch(share(step));
     EXPECT_FALSE(result.skipped);

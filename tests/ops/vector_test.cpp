@@ -55,17 +55,6 @@ TEST_P(Vector, FaultsAreVisible) {
   EXPECT_TRUE(std::isnan(backend().squared_sum(x)));
 }
 
-TEST_P(Vector, LossAndSquaredNormComeTogether) {
-  const Tensor gradient = random(Shape{40001}, DType::f32);
-  for (const double loss : {0.625, -3.0}) {
-    const Tensor scalar = floats(Shape{1}, DType::f32, {loss});
-    const LossAndSquaredNorm known = backend().loss_and_squared_norm(scalar, gradient);
-    EXPECT_EQ(known.loss, loss);
-    EXPECT_EQ(known.squared_norm, backend().squared_sum(gradient));
-  }
-  EXPECT_THROW(backend().loss_and_squared_norm(gradient, gradient), ShapeError);
-}
-
 TEST_P(Vector, AxpbyCombines) {
   const Tensor x = random(Shape{20003}, DType::f32), y = random(Shape{20003}, DType::f32);
   const Tensor y_before = zeros(y.shape, DType::f32);

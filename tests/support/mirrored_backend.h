@@ -232,11 +232,15 @@ class MirroredBackend final : public Backend {
     run([&](auto& on) { sum = device_->squared_sum(on(x)); });
     return sum;
   }
-  LossAndSquaredNorm loss_and_squared_norm(const Tensor& loss, const Tensor& gradient) override {
-    LossAndSquaredNorm result;
-    run([&](auto& on) { result = device_->loss_and_squared_norm(on(loss), on(gradient)); });
-    return result;
+  void decide_update(const Tensor& loss, const Tensor& gradient, const UpdateLimits& limits,
+                     const Tensor& decision) override {
+    run([&](auto& on) { device_->decide_update(on(loss), on(gradient), limits, on(decision)); });
   }
+  void decide_update(const Tensor& loss, double squared_norm, const UpdateLimits& limits,
+                     const Tensor& decision) override {
+    run([&](auto& on) { device_->decide_update(on(loss), squared_norm, limits, on(decision)); });
+  }
+  UpdateDecision last_decision() override { return device_->last_decision(); }
   double dot(const Tensor& x, const Tensor& y) override {
     double sum = 0;
     run([&](auto& on) { sum = device_->dot(on(x), on(y)); });
@@ -245,10 +249,12 @@ class MirroredBackend final : public Backend {
   void axpby(float alpha, const Tensor& x, float beta, const Tensor& y) override {
     run([&](auto& on) { device_->axpby(alpha, on(x), beta, on(y)); });
   }
-  void adam_update(const AdamStep& step, std::span<const DecayRange> ranges, const Tensor& gradient,
-                   const Tensor& master, const Tensor& exp_avg, const Tensor& exp_avg_sq) override {
+  void adam_update(const AdamStep& step, std::span<const DecayRange> ranges, const Tensor& decision,
+                   const Tensor& gradient, const Tensor& master, const Tensor& exp_avg,
+                   const Tensor& exp_avg_sq) override {
     run([&](auto& on) {
-      device_->adam_update(step, ranges, on(gradient), on(master), on(exp_avg), on(exp_avg_sq));
+      device_->adam_update(step, ranges, on(decision), on(gradient), on(master), on(exp_avg),
+                           on(exp_avg_sq));
     });
   }
   void fake_quantize(std::span<const FakeQuantizeRange> ranges, const Tensor& master,
