@@ -121,13 +121,23 @@ struct AdamStep {
   float beta1 = 0.9f, beta2 = 0.999f, epsilon = 1e-8f;
   float bias_correction1 = 1;  ///< 1 - beta1^t, or 1 when bias_correction is off
   float bias_correction2 = 1;  ///< 1 - beta2^t, or 1 when bias_correction is off
-  bool adam_w_mode = true;     ///< decoupled decay; otherwise decay is added to the gradient (L2)
+  float weight_decay = 0;
+  bool adam_w_mode = true;  ///< decoupled decay; otherwise decay is added to the gradient (L2)
+
+  bool operator==(const AdamStep&) const = default;
 };
 
-/// A range of the flat buffers with one weight decay.
-struct DecayRange {
+/// A range of the flat buffers that is updated in one way: a parameter, or a part of one.
+struct AdamRange {
   std::int64_t begin = 0, numel = 0;  ///< elements
-  float weight_decay = 0;
+  AdamStep step = {};
+};
+
+/// What Backend::adam_update works on: flat f32 buffers of one size, and the UpdateDecision of
+/// decide_update.
+struct AdamTensors {
+  Tensor decision;
+  Tensor gradient, master, exp_avg, exp_avg_sq;
 };
 
 /// A range of the flat buffers that is quantized in one way: a parameter, or a part of one.
@@ -290,11 +300,13 @@ class Backend {
   virtual double dot(const Tensor& x, const Tensor& y) = 0;
   /// y = alpha * x + beta * y. With beta = 0, y is not read.
   virtual void axpby(float alpha, const Tensor& x, float beta, const Tensor& y) = 0;
-  /// Updates master, exp_avg and exp_avg_sq (flat f32) from gradient * gradient_multiplier of the
-  /// `decision`, in one pass, range by range; leaves them alone if it says skip.
-  virtual void adam_update(const AdamStep& step, std::span<const DecayRange> ranges,
-                           const Tensor& decision, const Tensor& gradient, const Tensor& master,
-                           const Tensor& exp_avg, const Tensor& exp_avg_sq) = 0;
+  /// Updates master, exp_avg and exp_avg_sq from gradient * gradient_multiplier of the decision,
+  /// range by range; leaves them alone if it says skip. The ranges are disjoint.
+  ///
+  /// Then fake_quantize(published, master, working), without a second pass over memory where the
+  /// device can. `published` is empty, or has the begin and numel of each of `ranges`.
+  virtual void adam_update(std::span<const AdamRange> ranges, const AdamTensors& tensors,
+                           std::span<const FakeQuantizeRange> published, const Tensor& working) = 0;
   /// working (compute dtype) = mix * master + (1 - mix) * quantize(master), spec A5, range by
   /// range; bits >= 16 is a plain cast. master f32, working of the same size and perhaps its
   /// memory. The ranges are disjoint.

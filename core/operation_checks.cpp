@@ -1,5 +1,7 @@
 #include "core/operation_checks.h"
 
+#include <algorithm>
+
 #include "core/checks.h"
 #include "core/error.h"
 
@@ -296,16 +298,24 @@ void check_decide_update(const Tensor& loss, const Tensor& decision) {
   check_tensor(kName, "decision", decision, DType::s8, Shape{sizeof(UpdateDecision)});
 }
 
-void check_adam(std::span<const DecayRange> ranges, const Tensor& decision, const Tensor& gradient,
-                const Tensor& master, const Tensor& exp_avg, const Tensor& exp_avg_sq) {
+void check_adam(std::span<const AdamRange> ranges, const AdamTensors& tensors,
+                std::span<const FakeQuantizeRange> published, const Tensor& working) {
   constexpr const char* kName = "adam_update";
-  check_tensor(kName, "decision", decision, DType::s8, Shape{sizeof(UpdateDecision)});
-  const std::int64_t numel = master.numel();
-  check_vector(kName, "master", master, numel);
-  check_vector(kName, "gradient", gradient, numel);
-  check_vector(kName, "exp_avg", exp_avg, numel);
-  check_vector(kName, "exp_avg_sq", exp_avg_sq, numel);
-  for (const DecayRange& range : ranges) check_range(kName, range, numel);
+  check_tensor(kName, "decision", tensors.decision, DType::s8, Shape{sizeof(UpdateDecision)});
+  const std::int64_t numel = tensors.master.numel();
+  check_vector(kName, "master", tensors.master, numel);
+  check_vector(kName, "gradient", tensors.gradient, numel);
+  check_vector(kName, "exp_avg", tensors.exp_avg, numel);
+  check_vector(kName, "exp_avg_sq", tensors.exp_avg_sq, numel);
+  for (const AdamRange& range : ranges) check_range(kName, range, numel);
+  if (published.empty()) return;
+  check_fake_quantize(published, tensors.master, working);
+  const auto same = [](const AdamRange& updated, const FakeQuantizeRange& range) {
+    return updated.begin == range.begin && updated.numel == range.numel;
+  };
+  check<ShapeError>(
+      std::equal(ranges.begin(), ranges.end(), published.begin(), published.end(), same), kName,
+      ": the ", published.size(), " published ranges are not the ", ranges.size(), " updated ones");
 }
 
 void check_fake_quantize(std::span<const FakeQuantizeRange> ranges, const Tensor& master,

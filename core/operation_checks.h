@@ -48,8 +48,8 @@ void check_span(const char* operation, const Tensor& logits, const Tensor& seque
 void check_span_tangent(const Tensor& logits, const Tensor& logits_tangent,
                         const Tensor& sequence_starts, const Tensor& dlogits_tangent);
 void check_decide_update(const Tensor& loss, const Tensor& decision);
-void check_adam(std::span<const DecayRange> ranges, const Tensor& decision, const Tensor& gradient,
-                const Tensor& master, const Tensor& exp_avg, const Tensor& exp_avg_sq);
+void check_adam(std::span<const AdamRange> ranges, const AdamTensors& tensors,
+                std::span<const FakeQuantizeRange> published, const Tensor& working);
 void check_fake_quantize(std::span<const FakeQuantizeRange> ranges, const Tensor& master,
                          const Tensor& working);
 

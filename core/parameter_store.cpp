@@ -80,6 +80,17 @@ std::size_t ParameterStore::index_of(std::string_view name) const {
   throw ConfigError(concat("the model has no parameter '", name, "'"));
 }
 
+std::vector<OwnedPart> ParameterStore::owned_parts() const {
+  std::vector<OwnedPart> parts;
+  for (std::size_t index = 0; index < parameters_.size(); ++index) {
+    const FlatRange mine = intersection(range_of(index), owned_);
+    if (mine.numel == 0) continue;
+    parts.push_back(
+        {index, mine.begin - owned_.begin, mine.numel, mine.begin - parameters_[index].offset});
+  }
+  return parts;
+}
+
 FlatRange ParameterStore::block_range(int block) const {
   check<ShapeError>(block >= 0 && block < num_blocks(), "block ", block, " is outside of 0..",
                     num_blocks() - 1);

@@ -45,6 +45,13 @@ struct Parameter {
   FlatRange range() const { return {offset, numel}; }
 };
 
+/// A part of a parameter, counted from the beginning of a rank's slice of the flat buffers.
+struct OwnedPart {
+  std::size_t parameter = 0;  ///< index
+  std::int64_t begin = 0, numel = 0;
+  std::int64_t first_element = 0;  ///< of the parameter
+};
+
 class ParameterStore {
  public:
   /// Lays out `specs` in order and allocates. With compute_dtype f32 and WorkingCopy::shared,
@@ -68,6 +75,9 @@ class ParameterStore {
   /// Throws ConfigError that names the parameter if there is none of that name.
   std::size_t index_of(std::string_view name) const;
   int num_blocks() const { return static_cast<int>(blocks_.size()); }
+  /// What this rank keeps of each parameter, rising; parameters of which it has nothing are left
+  /// out.
+  std::vector<OwnedPart> owned_parts() const;
   /// Contiguous range of one block, 0 <= block < num_blocks().
   FlatRange block_range(int block) const;
   /// Flat length including alignment gaps; gaps hold zeros in every buffer.

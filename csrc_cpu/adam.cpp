@@ -52,25 +52,28 @@ void CpuBackend::axpby(float alpha, const Tensor& x, float beta, const Tensor& y
   });
 }
 
-void CpuBackend::adam_update(const AdamStep& step, std::span<const DecayRange> ranges,
-                             const Tensor& decision, const Tensor& gradient, const Tensor& master,
-                             const Tensor& exp_avg, const Tensor& exp_avg_sq) {
-  check_adam(ranges, decision, gradient, master, exp_avg, exp_avg_sq);
-  const auto* const decided = decision.as<const UpdateDecision>();
-  if (decided->skip != 0) return;
-  const float multiplier = decided->gradient_multiplier;
-  const std::int64_t numel = master.numel();
-#pragma omp parallel if (numel > kChunk)
-  for (const DecayRange& range : ranges) {
+void CpuBackend::adam_update(std::span<const AdamRange> ranges, const AdamTensors& tensors,
+                             std::span<const FakeQuantizeRange> published, const Tensor& working) {
+  check_adam(ranges, tensors, published, working);
+  const auto* const decided = tensors.decision.as<const UpdateDecision>();
+  if (decided->skip == 0) update_masters(ranges, tensors, decided->gradient_multiplier);
+  if (!published.empty()) fake_quantize(published, tensors.master, working);
+}
+
+void CpuBackend::update_masters(std::span<const AdamRange> ranges, const AdamTensors& tensors,
+                                float multiplier) {
+#pragma omp parallel if (tensors.master.numel() > kChunk)
+  for (const AdamRange& range : ranges) {
     // The ranges of an update are disjoint, so no thread waits for the others between them.
 #pragma omp for schedule(static) nowait
     for (std::int64_t first = 0; first < range.numel; first += kChunk) {
       const std::int64_t begin = range.begin + first;
       const std::int64_t rest = range.numel - first;
       kernels_.adam->update(
-          step, range.weight_decay, multiplier,
-          {gradient.as<float>() + begin, master.as<float>() + begin, exp_avg.as<float>() + begin,
-           exp_avg_sq.as<float>() + begin, rest < kChunk ? rest : kChunk});
+          range.step, multiplier,
+          {tensors.gradient.as<float>() + begin, tensors.master.as<float>() + begin,
+           tensors.exp_avg.as<float>() + begin, tensors.exp_avg_sq.as<float>() + begin,
+           rest < kChunk ? rest : kChunk});
     }
   }
 }

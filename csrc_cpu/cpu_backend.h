@@ -119,9 +119,8 @@ class CpuBackend final : public Backend {
   UpdateDecision last_decision() override { return last_decision_; }
   double dot(const Tensor& x, const Tensor& y) override;
   void axpby(float alpha, const Tensor& x, float beta, const Tensor& y) override;
-  void adam_update(const AdamStep& step, std::span<const DecayRange> ranges, const Tensor& decision,
-                   const Tensor& gradient, const Tensor& master, const Tensor& exp_avg,
-                   const Tensor& exp_avg_sq) override;
+  void adam_update(std::span<const AdamRange> ranges, const AdamTensors& tensors,
+                   std::span<const FakeQuantizeRange> published, const Tensor& working) override;
 
   // fake_quantize.cpp
   void fake_quantize(std::span<const FakeQuantizeRange> ranges, const Tensor& master,
@@ -141,6 +140,9 @@ class CpuBackend final : public Backend {
   std::vector<Tensor> f32_copies(std::initializer_list<Tensor> tensors);
   void add_weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& dweight,
                            Accumulate accumulate);
+  /// adam_update without what is published. adam.cpp
+  void update_masters(std::span<const AdamRange> ranges, const AdamTensors& tensors,
+                      float multiplier);
   /// sums [N] f32 (+)= column sums of x [R, N], in an order that depends on R alone.
   void column_sums(const Tensor& x, const Tensor& sums, Accumulate accumulate);
 

@@ -1,14 +1,13 @@
-// The optimizer's update and the vector operations over flat f32 buffers.
+// Whether the optimizer updates, and the vector operations over flat f32 buffers.
 //
 // Compiled without fused multiply-add (see CMakeLists.txt), and every statement is that of
-// csrc_cpu/kernels/adam.cpp: update and axpby give the CPU's bits.
+// csrc_cpu/kernels/adam.cpp: axpby gives the CPU's bits.
 #include <algorithm>
 
 #include "core/checks.h"
 #include "core/operation_checks.h"
 #include "csrc_cuda/cuda_backend.h"
 #include "csrc_cuda/element.cuh"
-#include "csrc_cuda/ranges.cuh"
 #include "csrc_cuda/reduce.cuh"
 
 namespace bitfall {
@@ -68,83 +67,6 @@ __global__ void axpby_kernel(float alpha, const float* x, float beta, float* y,
 
 /// Elements that one block updates, counted from a multiple of eight.
 constexpr std::int64_t kBlockElements = 8 * kBlockThreads;
-
-/// As many ranges as one launch takes: kernel arguments have 4 KB.
-struct RangeList {
-  static constexpr int kMost = 96;
-  int count = 0;
-  struct Entry {
-    std::int64_t begin, end;
-    std::int64_t first_block;  ///< of the grid
-    float weight_decay;
-  } entry[kMost];
-};
-
-struct AdamPointers {
-  const UpdateDecision* decision;
-  const float* gradient;
-  float *master, *exp_avg, *exp_avg_sq;
-};
-
-struct AdamElement {
-  float master, exp_avg, exp_avg_sq;
-};
-
-/// One element of the update, statement by statement as in csrc_cpu/kernels/adam.cpp.
-__device__ inline AdamElement updated(const AdamStep& step, float weight_decay, float multiplier,
-                                      float gradient, const AdamElement& old) {
-  const float weight = old.master;
-  float g = gradient * multiplier;
-  if (!step.adam_w_mode) g += weight_decay * weight;
-  const float m = step.beta1 * old.exp_avg + (1.0f - step.beta1) * g;
-  const float v = step.beta2 * old.exp_avg_sq + (1.0f - step.beta2) * g * g;
-  const float denominator = sqrtf(v / step.bias_correction2) + step.epsilon;
-  float change = (m / step.bias_correction1) / denominator;
-  if (step.adam_w_mode) change += weight_decay * weight;
-  return {weight - step.learning_rate * change, m, v};
-}
-
-__global__ void adam_kernel(AdamStep step, RangeList ranges, AdamPointers data) {
-  if (data.decision->skip != 0) return;
-  const float multiplier = data.decision->gradient_multiplier;
-  const RangeList::Entry& range =
-      entry_of<&RangeList::Entry::first_block>(ranges.entry, ranges.count, blockIdx.x);
-  // Blocks begin at multiples of eight elements of the buffer, where 16-byte accesses are possible.
-  const std::int64_t aligned = range.begin / 8 * 8;
-  const std::int64_t first =
-      aligned + (blockIdx.x - range.first_block) * kBlockElements + 8 * threadIdx.x;
-  if (first >= range.end) return;
-  const Eight gradient = load_eight(data.gradient, first, range.begin, range.end);
-  Eight master = load_eight(data.master, first, range.begin, range.end);
-  Eight exp_avg = load_eight(data.exp_avg, first, range.begin, range.end);
-  Eight exp_avg_sq = load_eight(data.exp_avg_sq, first, range.begin, range.end);
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const AdamElement element = updated(step, range.weight_decay, multiplier, gradient.value[j],
-                                        {master.value[j], exp_avg.value[j], exp_avg_sq.value[j]});
-    master.value[j] = element.master;
-    exp_avg.value[j] = element.exp_avg;
-    exp_avg_sq.value[j] = element.exp_avg_sq;
-  }
-  store_eight(data.master, first, range.begin, range.end, master);
-  store_eight(data.exp_avg, first, range.begin, range.end, exp_avg);
-  store_eight(data.exp_avg_sq, first, range.begin, range.end, exp_avg_sq);
-}
-
-/// The next ranges of `rest` that fit one launch, which are taken off it, and the blocks they need.
-RangeList take_ranges(std::span<const DecayRange>& rest, std::int64_t& blocks) {
-  RangeList list;
-  blocks = 0;
-  while (!rest.empty() && list.count < RangeList::kMost) {
-    const DecayRange& range = rest.front();
-    rest = rest.subspan(1);
-    if (range.numel == 0) continue;
-    const std::int64_t end = range.begin + range.numel;
-    list.entry[list.count++] = {range.begin, end, blocks, range.weight_decay};
-    blocks += (end - range.begin / 8 * 8 + kBlockElements - 1) / kBlockElements;
-  }
-  return list;
-}
 
 }  // namespace
 
@@ -215,23 +137,6 @@ void CudaBackend::axpby(float alpha, const Tensor& x, float beta, const Tensor& 
   axpby_kernel<<<blocks_for((x.numel() + 7) / 8), kBlockThreads, 0, stream()>>>(
       alpha, device_data<const float>(x), beta, device_data<float>(y), x.numel());
   check_launch("axpby");
-}
-
-void CudaBackend::adam_update(const AdamStep& step, std::span<const DecayRange> ranges,
-                              const Tensor& decision, const Tensor& gradient, const Tensor& master,
-                              const Tensor& exp_avg, const Tensor& exp_avg_sq) {
-  check_adam(ranges, decision, gradient, master, exp_avg, exp_avg_sq);
-  const AdamPointers data{device_data<const UpdateDecision>(decision),
-                          device_data<const float>(gradient), device_data<float>(master),
-                          device_data<float>(exp_avg), device_data<float>(exp_avg_sq)};
-  const cudaStream_t stream = this->stream();
-  while (!ranges.empty()) {
-    std::int64_t blocks = 0;
-    const RangeList list = take_ranges(ranges, blocks);
-    if (blocks == 0) return;
-    adam_kernel<<<static_cast<unsigned>(blocks), kBlockThreads, 0, stream>>>(step, list, data);
-    check_launch("adam_update");
-  }
 }
 
 }  // namespace bitfall

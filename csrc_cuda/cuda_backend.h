@@ -17,6 +17,7 @@ namespace bitfall {
 
 class MatmulPlans;
 class QuantizeTable;
+struct TileRange;
 
 class CudaBackend final : public Backend {
  public:
@@ -117,9 +118,10 @@ class CudaBackend final : public Backend {
   UpdateDecision last_decision() override;
   double dot(const Tensor& x, const Tensor& y) override;
   void axpby(float alpha, const Tensor& x, float beta, const Tensor& y) override;
-  void adam_update(const AdamStep& step, std::span<const DecayRange> ranges, const Tensor& decision,
-                   const Tensor& gradient, const Tensor& master, const Tensor& exp_avg,
-                   const Tensor& exp_avg_sq) override;
+
+  // adam_update.cu
+  void adam_update(std::span<const AdamRange> ranges, const AdamTensors& tensors,
+                   std::span<const FakeQuantizeRange> published, const Tensor& working) override;
 
   // fake_quantize.cu
   void fake_quantize(std::span<const FakeQuantizeRange> ranges, const Tensor& master,
@@ -143,6 +145,8 @@ class CudaBackend final : public Backend {
   /// Decides, and begins to bring the decision to the host. adam.cu
   void enqueue_decision(const Tensor& loss, const DotParts& squared_norm,
                         const UpdateLimits& limits, const Tensor& decision);
+  /// The table of `ranges`, until the next call. fake_quantize.cu
+  const QuantizeTable& tile_table(std::span<const TileRange> ranges);
   /// y = activation(pre_activation). elementwise.cu
   void activation_forward(Activation activation, const Tensor& pre_activation, const Tensor& y);
   /// sums [columns] f32 (+)= column sums of x [rows, columns]; not to be called with x in scratch

@@ -4,21 +4,20 @@
 
 namespace bitfall {
 
-void QuantizeTable::set(Backend& backend, std::span<const FakeQuantizeRange> ranges,
-                        std::int64_t most_held) {
-  if (most_held == most_held_ &&
+void QuantizeTable::set(Backend& backend, std::span<const TileRange> ranges, int processors) {
+  if (processors == processors_ &&
       std::equal(ranges.begin(), ranges.end(), ranges_.begin(), ranges_.end()))
     return;
   ranges_.clear();  // nobody's table until it is complete
-  most_held_ = most_held;
+  processors_ = processors;
   groups_ = items_ = chunks_ = 0;
   std::vector<QuantizeEntry> entries;
-  for (const FakeQuantizeRange& range : ranges) {
-    if (range.numel == 0) continue;
+  for (const TileRange& range : ranges) {
+    if (range.quantize.numel == 0) continue;
     const QuantizeEntry& entry = entries.emplace_back(next_entry(range));
     groups_ += entry.groups;
     items_ += entry.groups * entry.tiles_per_group * (entry.task == TileTask::do_both ? 1 : 2);
-    if (is_sign_quantized(range.spec.bits)) chunks_ += entry.chunks.count;
+    if (is_sign_quantized(entry.range.spec.bits)) chunks_ += entry.chunks.count;
   }
   count_ = static_cast<int>(entries.size());
   const std::size_t bytes = entries.size() * sizeof(QuantizeEntry);
@@ -28,7 +27,8 @@ void QuantizeTable::set(Backend& backend, std::span<const FakeQuantizeRange> ran
   ranges_.assign(ranges.begin(), ranges.end());
 }
 
-QuantizeEntry QuantizeTable::next_entry(const FakeQuantizeRange& range) const {
+QuantizeEntry QuantizeTable::next_entry(const TileRange& tiles_of) const {
+  const FakeQuantizeRange& range = tiles_of.quantize;
   const int bits = range.spec.bits;
   const bool uniform = !is_sign_quantized(bits) && bits < kCastBits;
   const std::int64_t groups = bits < kCastBits ? range.spec.groups : 1;
@@ -41,6 +41,8 @@ QuantizeEntry QuantizeTable::next_entry(const FakeQuantizeRange& range) const {
   const std::int64_t span = group_numel + (aligned ? 0 : alignment - 1);
   const std::int64_t tiles = (span + kTileElements - 1) / kTileElements;
   return {.range = range,
+          .masters = tiles_of.masters,
+          .step = tiles_of.step,
           .groups = groups,
           .first_group = groups_,
           .group_numel = group_numel,
@@ -48,14 +50,14 @@ QuantizeEntry QuantizeTable::next_entry(const FakeQuantizeRange& range) const {
           .alignment = alignment,
           .tiles_per_group = tiles,
           .first_item = items_,
-          .task = uniform && tiles > most_held_ ? TileTask::read : TileTask::do_both,
+          .task = uniform && tiles > processors_ ? TileTask::read : TileTask::do_both,
           .chunks = {range.numel, range.spec.groups},
           .first_chunk = chunks_};
 }
 
 bool QuantizeTable::has_ternary() const {
   return std::any_of(ranges_.begin(), ranges_.end(),
-                     [](const FakeQuantizeRange& range) { return range.spec.bits == 2; });
+                     [](const TileRange& range) { return range.quantize.spec.bits == 2; });
 }
 
 }  // namespace bitfall

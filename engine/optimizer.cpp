@@ -10,25 +10,6 @@
 namespace bitfall {
 namespace {
 
-/// Ranges of the slice that hold `parameters`, and the gaps between neighbours, which hold zeros;
-/// counted from the beginning of the slice.
-std::vector<FlatRange> ranges_of(const ParameterStore& store,
-                                 const std::vector<std::size_t>& parameters) {
-  std::vector<FlatRange> ranges;
-  for (std::size_t i = 0; i < parameters.size(); ++i) {
-    const Parameter& parameter = store.parameters().at(parameters[i]);
-    const bool follows = i > 0 && parameters[i] == parameters[i - 1] + 1;
-    if (!follows) ranges.push_back({parameter.offset, 0});
-    ranges.back().numel = parameter.offset + parameter.numel - ranges.back().begin;
-  }
-  std::vector<FlatRange> mine;
-  for (const FlatRange& range : ranges) {
-    const FlatRange part = intersection(range, store.owned());
-    if (part.numel > 0) mine.push_back({part.begin - store.owned().begin, part.numel});
-  }
-  return mine;
-}
-
 void check_covers(const ParameterStore& store, const std::vector<ParameterGroup>& groups) {
   std::vector<int> count(store.parameters().size());
   for (const ParameterGroup& group : groups) {
@@ -81,7 +62,10 @@ Optimizer::Optimizer(Backend& backend, const ParameterStore& store, const Optimi
     : backend_(backend), config_(config), groups_(std::move(groups)) {
   check_covers(store, groups_);
   set_numbers(groups_);
-  for (const ParameterGroup& group : groups_) ranges_.push_back(ranges_of(store, group.parameters));
+  group_of_.resize(store.parameters().size());
+  for (std::size_t i = 0; i < groups_.size(); ++i) {
+    for (const std::size_t parameter : groups_[i].parameters) group_of_[parameter] = i;
+  }
   const std::int64_t numel = store.owned().numel;
   const auto bytes = static_cast<std::size_t>(numel) * size_in_bytes(DType::f32);
   exp_avg_buffer_ = backend.allocate(bytes);
@@ -112,6 +96,7 @@ AdamStep Optimizer::adam_step(const ParameterGroup& group) const {
   step.beta1 = static_cast<float>(group.betas[0]);
   step.beta2 = static_cast<float>(group.betas[1]);
   step.epsilon = static_cast<float>(group.eps);
+  step.weight_decay = static_cast<float>(group.weight_decay);
   step.adam_w_mode = config_.adam_w_mode;
   if (config_.bias_correction) {
     step.bias_correction1 = bias_correction(group.betas[0], steps_);
@@ -120,16 +105,19 @@ AdamStep Optimizer::adam_step(const ParameterGroup& group) const {
   return step;
 }
 
-void Optimizer::step(const ParameterStore& store, const Tensor& decision) {
+void Optimizer::step(const ParameterStore& store, const Tensor& decision,
+                     std::span<const FakeQuantizeRange> published) {
   ++steps_;
-  for (std::size_t i = 0; i < groups_.size(); ++i) {
-    std::vector<DecayRange> ranges;
-    for (const FlatRange& range : ranges_[i]) {
-      ranges.push_back({range.begin, range.numel, static_cast<float>(groups_[i].weight_decay)});
-    }
-    backend_.adam_update(adam_step(groups_[i]), ranges, decision, store.gradient(store.owned()),
-                         store.master(), exp_avg_, exp_avg_sq_);
+  std::vector<AdamStep> steps;
+  for (const ParameterGroup& group : groups_) steps.push_back(adam_step(group));
+  std::vector<AdamRange> ranges;
+  for (const OwnedPart& part : store.owned_parts()) {
+    ranges.push_back({part.begin, part.numel, steps[group_of_[part.parameter]]});
   }
+  const FlatRange owned = store.owned();
+  backend_.adam_update(ranges,
+                       {decision, store.gradient(owned), store.master(), exp_avg_, exp_avg_sq_},
+                       published, store.working(owned));
 }
 
 }  // namespace bitfall

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -44,8 +45,11 @@ class Optimizer {
   void set_numbers(const std::vector<ParameterGroup>& groups);
 
   /// Updates store.master() from store.gradient() as `decision` of Backend::decide_update says, in
-  /// this rank's slice. Counts the step whatever was decided.
-  void step(const ParameterStore& store, const Tensor& decision);
+  /// this rank's slice. Then publishes them to store.working(): `published` says how, for each of
+  /// store.owned_parts(), or is empty where the masters are the working weights. Counts the step
+  /// whatever was decided.
+  void step(const ParameterStore& store, const Tensor& decision,
+            std::span<const FakeQuantizeRange> published);
 
   /// Updates so far; sets the bias correction. Who skips one sets it back.
   std::int64_t steps() const { return steps_; }
@@ -59,7 +63,7 @@ class Optimizer {
   Backend& backend_;
   OptimizerConfig config_;
   std::vector<ParameterGroup> groups_;
-  std::vector<std::vector<FlatRange>> ranges_;  ///< parallel to groups_
+  std::vector<std::size_t> group_of_;  ///< per parameter
   Buffer exp_avg_buffer_, exp_avg_sq_buffer_;
   Tensor exp_avg_, exp_avg_sq_;
   std::int64_t steps_ = 0;

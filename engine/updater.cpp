@@ -94,8 +94,7 @@ StepResult Updater::step(const Tensor& loss, const MakeHessian& make_hessian,
   const Undo undo = this->undo();
   if (bit_schedule_) result.drops = bit_schedule_->advance(state_.global_step + 1, eigenvalues);
   if (!result.drops.empty()) check_ranks_agree_on_bits();
-  timer_.measure("update", [&] { update(update_masters); });
-  publish_weights(state_.global_step + 1);
+  update(update_masters);
   // The device has its work; it changes no master if it decided to skip the step.
   if (!host_decides && is_skipped(result)) {
     take_back(undo, result);
@@ -164,21 +163,40 @@ std::vector<double> Updater::compute_eigenvalues(const MakeHessian& make_hessian
 }
 
 void Updater::update(const UpdateMasters& update_masters) {
-  if (optimizer_) return optimizer_->step(store_, decision_);
-  const float multiplier = backend_.last_decision().gradient_multiplier;
-  const Tensor gradient = store_.gradient();
-  if (multiplier != 1.0f) backend_.axpby(multiplier, gradient, 0.0f, gradient);
-  update_masters();
+  const std::int64_t step = state_.global_step + 1;
+  if (optimizer_) {
+    timer_.measure("update", [&] { optimizer_->step(store_, decision_, published(step)); });
+    return gather_weights();
+  }
+  timer_.measure("update", [&] {
+    const float multiplier = backend_.last_decision().gradient_multiplier;
+    const Tensor gradient = store_.gradient();
+    if (multiplier != 1.0f) backend_.axpby(multiplier, gradient, 0.0f, gradient);
+    update_masters();
+  });
+  publish_weights(step);
+}
+
+std::vector<FakeQuantizeRange> Updater::published(std::int64_t step) const {
+  if (quantizer_) return quantizer_->ranges(store_, step);
+  if (store_.working_is_master()) return {};
+  std::vector<FakeQuantizeRange> casts;
+  for (const OwnedPart& part : store_.owned_parts()) casts.push_back({part.begin, part.numel});
+  return casts;
 }
 
 void Updater::publish_weights(std::int64_t step) {
-  timer_.measure("quantize", [&] {
+  timer_.measure("update", [&] {
     if (quantizer_) {
       quantizer_->publish(backend_, store_, step);
     } else if (!store_.working_is_master()) {
       backend_.cast(store_.master(), store_.working(store_.owned()));
     }
   });
+  gather_weights();
+}
+
+void Updater::gather_weights() {
   timer_.measure("all_reduce",
                  [&] { gather_slices(communicator_, store_.partition(), store_.working()); });
 }

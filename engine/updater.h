@@ -156,8 +156,9 @@ class Updater {
   /// For the phases that the caller runs: "forward" and "backward".
   PhaseTimer& timer() { return timer_; }
   /// Seconds since the last call by phase: forward, backward, all_reduce (of what the backward pass
-  /// did not hide, and with ZeRO the exchange of weights), update, quantize, eigenvalues. A GPU
-  /// works through what is enqueued: update waits for the gradients, the others do not.
+  /// did not hide, and with ZeRO the exchange of weights), update (masters and working weights),
+  /// eigenvalues. A GPU works through what is enqueued: update waits for the gradients, the others
+  /// do not.
   std::map<std::string, double> timings();
 
  private:
@@ -173,8 +174,13 @@ class Updater {
   bool is_skipped(StepResult& result);
   StepResult skip_step(StepResult result);
   std::vector<double> compute_eigenvalues(const MakeHessian& make_hessian, StepResult& result);
+  /// New masters and new working weights.
   void update(const UpdateMasters& update_masters);
+  /// How each of the store's owned parts is published at `step`; nothing where masters are working
+  /// weights.
+  std::vector<FakeQuantizeRange> published(std::int64_t step) const;
   void publish_weights(std::int64_t step);
+  void gather_weights();
   [[noreturn]] void refuse_gradient(double loss) const;
   void check_ranks_agree_on_bits() const;
   CheckpointTensors checkpoint_tensors() const;

@@ -103,8 +103,8 @@ std::map<std::string, std::int64_t> Updater::memory_bytes() const {
 }
 
 std::map<std::string, double> Updater::timings() {
-  std::map<std::string, double> seconds = {{"forward", 0}, {"backward", 0}, {"all_reduce", 0},
-                                           {"update", 0},  {"quantize", 0}, {"eigenvalues", 0}};
+  std::map<std::string, double> seconds = {
+      {"forward", 0}, {"backward", 0}, {"all_reduce", 0}, {"update", 0}, {"eigenvalues", 0}};
   for (const auto& [phase, value] : timer_.take()) seconds[phase] = value;
   return seconds;
 }

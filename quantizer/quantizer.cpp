@@ -208,14 +208,13 @@ StochasticKey Quantizer::key(std::size_t parameter, std::int64_t step) const {
 std::vector<FakeQuantizeRange> Quantizer::ranges(const ParameterStore& store,
                                                  std::int64_t step) const {
   std::vector<FakeQuantizeRange> result;
-  for (std::size_t index = 0; index < states_.size(); ++index) {
+  for (const OwnedPart& mine : store.owned_parts()) {
+    const std::size_t index = mine.parameter;
     const Parameter& parameter = store.parameters()[index];
-    const FlatRange mine = intersection(parameter.range(), store.owned());
-    if (mine.numel == 0) continue;
-    FakeQuantizeRange range{mine.begin - store.owned().begin, mine.numel, spec(index)};
+    FakeQuantizeRange range{mine.begin, mine.numel, spec(index)};
     // Without it, ranges stay the same from step to step, which spares a GPU their upload.
     if (config_.rounding == Rounding::stochastic) range.key = key(index, step);
-    range.key.first_element = mine.begin - parameter.offset;
+    range.key.first_element = mine.first_element;
     range.spec.groups = selects(index) ? mine.numel / (parameter.numel / range.spec.groups) : 1;
     if (selects(index)) range.mix = static_cast<float>(schedule_.mix(*states_[index]));
     result.push_back(range);

@@ -60,11 +60,10 @@ class Quantizer final : public WeightTransform {
   QuantSpec spec(std::size_t parameter) const;
   /// Key of the random numbers with which `parameter` is rounded at `step`.
   StochasticKey key(std::size_t parameter, std::int64_t step) const;
-
- private:
-  /// What lies of each parameter in the store's slice, from whose beginning ranges count.
+  /// How each of store.owned_parts() is published at `step`.
   std::vector<FakeQuantizeRange> ranges(const ParameterStore& store, std::int64_t step) const;
 
+ private:
   QuantizeConfig config_;
   const BitSchedule& schedule_;
   std::uint64_t seed_;

@@ -7,9 +7,8 @@ namespace {
 enum class Decay { l2, decoupled };
 
 template <Decay decay>
-void update_with(const AdamStep& step, float weight_decay, float multiplier,
-                 const AdamSlice& slice) {
-  const float learning_rate = step.learning_rate;
+void update_with(const AdamStep& step, float multiplier, const AdamSlice& slice) {
+  const float learning_rate = step.learning_rate, weight_decay = step.weight_decay;
   const float beta1 = step.beta1, rest1 = 1.0f - step.beta1;
   const float beta2 = step.beta2, rest2 = 1.0f - step.beta2;
   const float correction1 = step.bias_correction1, correction2 = step.bias_correction2;
@@ -34,11 +33,11 @@ void update_with(const AdamStep& step, float weight_decay, float multiplier,
   }
 }
 
-void update(const AdamStep& step, float weight_decay, float multiplier, const AdamSlice& slice) {
+void update(const AdamStep& step, float multiplier, const AdamSlice& slice) {
   if (step.adam_w_mode) {
-    update_with<Decay::decoupled>(step, weight_decay, multiplier, slice);
+    update_with<Decay::decoupled>(step, multiplier, slice);
   } else {
-    update_with<Decay::l2>(step, weight_decay, multiplier, slice);
+    update_with<Decay::l2>(step, multiplier, slice);
   }
 }
 

@@ -18,8 +18,7 @@ struct AdamSlice {
 
 struct AdamKernels {
   /// The gradient counts times `multiplier`.
-  void (*update)(const AdamStep& step, float weight_decay, float multiplier,
-                 const AdamSlice& slice);
+  void (*update)(const AdamStep& step, float multiplier, const AdamSlice& slice);
   /// Sum of x[i] * y[i] in f64, in an order that depends on n alone.
   double (*dot)(const float* x, const float* y, std::int64_t n);
   /// y = alpha * x + beta * y; with beta = 0, y is not read.

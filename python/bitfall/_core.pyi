@@ -144,7 +144,7 @@ class Engine:
         """Parameter name -> {"numel", "bits", "bytes_f32", "bytes_quantized"}; unquantized ones too (bits 32)."""
     def memory_bytes(self) -> dict[str, int]: ...
     def timings(self) -> dict[str, float]:
-        """Seconds since the last call by phase: forward, backward, all_reduce, update, quantize, eigenvalues."""
+        """Seconds since the last call by phase: forward, backward, all_reduce, update (masters and working weights), eigenvalues."""
 
 class NativePass:
     """One forward pass whose activations wait for its backward pass."""

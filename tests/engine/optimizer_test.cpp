@@ -52,7 +52,7 @@ TEST_F(OptimizerTest, FirstAdamWStepMovesByTheLearningRateAndDecaysMatricesOnly)
     fill(store.gradient(i), 4.0f);
   }
   optimizer.set_learning_rate(0.01);
-  optimizer.step(store, decision(0.5f));
+  optimizer.step(store, decision(0.5f), {});
   // m / (1 - beta1) = g, v / (1 - beta2) = g^2: a first step of lr * sign(g), whatever the size.
   for (std::size_t i = 0; i < kSpecs.size(); ++i) {
     const double decay = decays(kSpecs[i].name) ? 0.01 * 0.1 : 0.0;
@@ -77,7 +77,7 @@ TEST_F(OptimizerTest, TenStepsEqualAScalarAdam) {
   for (int t = 1; t <= 10; ++t) {
     const double gradient = std::sin(static_cast<double>(t));
     fill(store.gradient(index), static_cast<float>(gradient));
-    optimizer.step(store, decision(1.0f));
+    optimizer.step(store, decision(1.0f), {});
     const double g = gradient + 0.05 * w;
     m = 0.8 * m + 0.2 * g;
     v = 0.95 * v + 0.05 * g * g;
@@ -94,7 +94,7 @@ TEST_F(OptimizerTest, EveryGroupHasItsOwnNumbers) {
     fill(store.master(i), 1.0f);
     fill(store.gradient(i), 2.0f);
   }
-  optimizer.step(store, decision(1.0f));
+  optimizer.step(store, decision(1.0f), {});
   for (const std::size_t i : fast.parameters) {
     EXPECT_NEAR(store.master(i).as<float>()[1], 1.0 - 0.1 * 0.5 - 0.1, 1e-6);
   }
@@ -107,7 +107,7 @@ TEST_F(OptimizerTest, EveryGroupHasItsOwnNumbers) {
   fast.learning_rate = 0;
   optimizer.set_numbers({fast, slow});
   const float before = store.master(std::size_t{0}).as<float>()[0];
-  optimizer.step(store, decision(1.0f));
+  optimizer.step(store, decision(1.0f), {});
   EXPECT_EQ(store.master(std::size_t{0}).as<float>()[0], before);
 }
 
@@ -131,7 +131,7 @@ TEST_F(OptimizerTest, GapsBetweenParametersStayZero) {
   Optimizer optimizer(backend, store, config, default_groups(store, config));
   for (std::size_t i = 0; i < kSpecs.size(); ++i) fill(store.gradient(i), 1.0f);
   optimizer.set_learning_rate(0.1);
-  optimizer.step(store, decision(1.0f));
+  optimizer.step(store, decision(1.0f), {});
   for (std::int64_t i = 6; i < 16; ++i) EXPECT_EQ(store.master().as<float>()[i], 0.0f);
 }
 

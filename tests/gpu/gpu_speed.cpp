@@ -136,6 +136,33 @@ void quantizer_speed() {
          Limit::at_least, 0.8, "of its speed");
 }
 
+/// Adam and what is published after it, of the same tensors as above.
+void update_speed() {
+  const auto backend = make_backend("cuda");
+  constexpr std::int64_t kTensor = 1'000'000, kNumel = 100 * kTensor;
+  const Buffer memory = backend->allocate(4 * 4 * kNumel),
+               target = backend->allocate(4 * 4 * kNumel);
+  const Buffer decision = backend->allocate(sizeof(UpdateDecision));
+  const Tensor all = memory.view(DType::f32, Shape{4 * kNumel});
+  const auto part = [&](std::int64_t index) { return all.flat_slice(index * kNumel, kNumel); };
+  const AdamTensors tensors{decision.view(DType::s8, Shape{sizeof(UpdateDecision)}), part(0),
+                            part(1), part(2), part(3)};
+  const Tensor working = target.view(DType::bf16, Shape{kNumel});
+  std::vector<AdamRange> updated;
+  std::vector<FakeQuantizeRange> published;
+  for (std::int64_t begin = 0; begin < kNumel; begin += kTensor) {
+    updated.push_back({begin, kTensor});
+    published.push_back({begin, kTensor, {.bits = 8, .groups = 8}});
+  }
+  const double update = median_seconds(
+      *backend, 20, [&] { backend->adam_update(updated, tensors, published, working); });
+  // 16 bytes of an element are read and 14 written.
+  const Tensor from = all.flat_slice(0, kNumel * 15 / 4), to = target.view(DType::f32, from.shape);
+  const double copy = median_seconds(*backend, 20, [&] { backend->copy(from, to); });
+  report("Adam and quantizer, 100 tensors of 1M in 8 groups, beside a copy", copy / update,
+         Limit::none, 0, "of its speed");
+}
+
 /// The shortest of those that a training computes whose blocks begin to lose bits at once.
 void eigenvalue_speed() {
   const std::string section =
@@ -163,6 +190,7 @@ void speed() {
   step_speed();
   moq_and_peak_speed();
   quantizer_speed();
+  update_speed();
   eigenvalue_speed();
 }
 

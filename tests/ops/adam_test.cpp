@@ -19,9 +19,10 @@ struct State {
   std::vector<double> master, exp_avg, exp_avg_sq;
 };
 
-void reference_step(const AdamStep& step, double weight_decay, const std::vector<double>& gradient,
-                    std::int64_t begin, std::int64_t end, State& state) {
-  for (std::int64_t i = begin; i < end; ++i) {
+void reference_step(const AdamRange& range, const std::vector<double>& gradient, State& state) {
+  const AdamStep& step = range.step;
+  const double weight_decay = step.weight_decay;
+  for (std::int64_t i = range.begin; i < range.begin + range.numel; ++i) {
     double& weight = state.master[i];
     double g = gradient[i] * kMultiplier;
     if (!step.adam_w_mode) g += weight_decay * weight;
@@ -56,7 +57,12 @@ Tensor decision(BackendWorkbench& bench, Skip skip = Skip::no) {
 
 /// numel elements in three ranges: odd sizes, a gap between them, one longer than a chunk.
 constexpr std::int64_t kNumel = 40007;
-const std::vector<DecayRange> kRanges{{0, 13, 0.0f}, {16, 20000, 0.1f}, {20016, 19991, 0.01f}};
+std::vector<AdamRange> ranges_of(const AdamStep& step) {
+  std::vector<AdamRange> ranges{{0, 13, step}, {16, 20000, step}, {20016, 19991, step}};
+  ranges[1].step.weight_decay = 0.1f;
+  ranges[2].step.weight_decay = 0.01f;
+  return ranges;
+}
 
 class Adam : public BackendTest {
  protected:
@@ -67,12 +73,10 @@ class Adam : public BackendTest {
     State state{values(master), values(exp_avg), values(exp_avg_sq)};
     for (int t = 1; t <= 5; ++t) {
       const Tensor gradient = random(master.shape, DType::f32);
-      backend().adam_update(options(t), kRanges, decision(*this), gradient, master, exp_avg,
-                            exp_avg_sq);
-      for (const DecayRange& range : kRanges) {
-        reference_step(options(t), range.weight_decay, values(gradient), range.begin,
-                       range.begin + range.numel, state);
-      }
+      backend().adam_update(ranges_of(options(t)),
+                            {decision(*this), gradient, master, exp_avg, exp_avg_sq}, {}, {});
+      for (const AdamRange& range : ranges_of(options(t)))
+        reference_step(range, values(gradient), state);
     }
     EXPECT_TRUE(close(values(master), state.master, {1e-6, 1e-6}));
     EXPECT_TRUE(close(values(exp_avg), state.exp_avg, {1e-7, 1e-5}));
@@ -102,9 +106,8 @@ TEST_P(Adam, LeavesOtherElementsAlone) {
   const Tensor master = random(Shape{64}, DType::f32), gradient = random(Shape{64}, DType::f32);
   const Tensor exp_avg = zeros(Shape{64}, DType::f32), exp_avg_sq = zeros(Shape{64}, DType::f32);
   const std::vector<double> before = values(master);
-  const std::vector<DecayRange> ranges{{10, 20, 0.1f}};
-  backend().adam_update(adam_step(1), ranges, decision(*this), gradient, master, exp_avg,
-                        exp_avg_sq);
+  const std::vector<AdamRange> ranges{{10, 20, adam_step(1)}};
+  backend().adam_update(ranges, {decision(*this), gradient, master, exp_avg, exp_avg_sq}, {}, {});
   for (std::size_t i = 0; i < 64; ++i)
     EXPECT_EQ(values(master)[i] != before[i], i >= 10 && i < 30) << "element " << i;
 }
@@ -119,8 +122,9 @@ TEST_P(Adam, LeavesEverythingAloneIfTheStepIsSkipped) {
     return std::vector{values(master), values(exp_avg), values(exp_avg_sq)};
   };
   const auto before = state();
-  backend().adam_update(adam_step(1), kRanges, decision(*this, Skip::yes), gradient, master,
-                        exp_avg, exp_avg_sq);
+  backend().adam_update(ranges_of(adam_step(1)),
+                        {decision(*this, Skip::yes), gradient, master, exp_avg, exp_avg_sq}, {},
+                        {});
   EXPECT_EQ(state(), before);
 }
 
@@ -133,9 +137,9 @@ TEST_P(Adam, HasTheSameBitsEverywhere) {
     const int before = omp_get_max_threads();
     omp_set_num_threads(threads);
     for (int t = 1; t <= 3; ++t) {
-      bench.backend().adam_update(adam_step(t), kRanges, decision(bench),
-                                  bench.random(master.shape, DType::f32), master, exp_avg,
-                                  exp_avg_sq);
+      const Tensor gradient = bench.random(master.shape, DType::f32);
+      bench.backend().adam_update(ranges_of(adam_step(t)),
+                                  {decision(bench), gradient, master, exp_avg, exp_avg_sq}, {}, {});
     }
     omp_set_num_threads(before);
     return values(master);
@@ -145,19 +149,91 @@ TEST_P(Adam, HasTheSameBitsEverywhere) {
 
 TEST_P(Adam, RefusesWhatDoesNotFit) {
   const Tensor flat = zeros(Shape{8}, DType::f32), half = zeros(Shape{8}, DType::bf16);
-  const auto update = [&](DecayRange range, const Tensor& gradient) {
-    const std::vector<DecayRange> ranges{range};
-    backend().adam_update(adam_step(1), ranges, decision(*this), gradient, flat, flat, flat);
+  const auto update = [&](AdamRange range, const Tensor& gradient,
+                          const std::vector<FakeQuantizeRange>& published = {}) {
+    range.step = adam_step(1);
+    backend().adam_update({&range, 1}, {decision(*this), gradient, flat, flat, flat}, published,
+                          half);
   };
-  EXPECT_THROW(update({0, 9, 0}, flat), ShapeError);
-  EXPECT_THROW(update({-1, 3, 0}, flat), ShapeError);
-  EXPECT_THROW(update({4, INT64_MAX, 0}, flat), ShapeError);
-  EXPECT_THROW(update({0, 8, 0}, zeros(Shape{7}, DType::f32)), ShapeError);
-  EXPECT_THROW(update({0, 8, 0}, half), UnsupportedError);
-  EXPECT_THROW(backend().adam_update(adam_step(1), {}, flat, flat, flat, flat, flat), ShapeError);
+  EXPECT_THROW(update({0, 9}, flat), ShapeError);
+  EXPECT_THROW(update({-1, 3}, flat), ShapeError);
+  EXPECT_THROW(update({4, INT64_MAX}, flat), ShapeError);
+  EXPECT_THROW(update({0, 8}, zeros(Shape{7}, DType::f32)), ShapeError);
+  EXPECT_THROW(update({0, 8}, half), UnsupportedError);
+  EXPECT_THROW(update({0, 8}, flat, {{0, 4}}), ShapeError);
+  EXPECT_THROW(update({0, 8}, flat, {{0, 4}, {4, 4}}), ShapeError);
+  EXPECT_THROW(update({0, 8}, flat, {{0, 8, {8, 3}}}), ShapeError);
+  EXPECT_THROW(backend().adam_update({}, {flat, flat, flat, flat, flat}, {}, {}), ShapeError);
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Adam, testing::ValuesIn(backend_cases({DType::f32})), case_name);
+
+/// What is updated and published, and the tensors that this changes.
+struct Published {
+  std::vector<AdamRange> updated;
+  std::vector<FakeQuantizeRange> published;
+  Tensor gradient, master, exp_avg, exp_avg_sq, working;
+
+  AdamTensors tensors(const Tensor& decision) const {
+    return {decision, gradient, master, exp_avg, exp_avg_sq};
+  }
+  auto state() const {
+    return std::vector{values(master), values(exp_avg), values(exp_avg_sq), values(working)};
+  }
+};
+
+/// Ranges of all widths with steps of their own. Blocks of a GPU hold 8192 elements; on the
+/// emulated one, groups of more than four such tiles are read and written by different blocks.
+Published all_widths(BackendWorkbench& bench, DType dtype) {
+  constexpr Rounding kNearest = Rounding::nearest, kStochastic = Rounding::stochastic;
+  constexpr QuantType kSymmetric = QuantType::symmetric, kAsymmetric = QuantType::asymmetric;
+  Published all;
+  std::int64_t numel = 1;
+  const auto add = [&](std::int64_t size, QuantSpec spec, float mix, std::int64_t gap) {
+    const auto index = static_cast<std::uint32_t>(all.updated.size());
+    AdamStep step = adam_step(1 + static_cast<int>(index));
+    step.weight_decay = 0.1f * static_cast<float>(index % 2);
+    step.adam_w_mode = index % 3 != 0;
+    all.updated.push_back({numel, size, step});
+    all.published.push_back({numel, size, spec, {5, 6, index, 33}, mix});
+    numel += size + gap;
+  };
+  add(1000, {16}, 0, 7);
+  add(3 * 9001, {8, 3, kAsymmetric, kNearest}, 0.25f, 0);
+  add(2 * 41'000, {6, 2, kSymmetric, kStochastic}, 0, 3);
+  add(2 * 33'333, {8, 2}, 0, 5);
+  add(768, {4, 8, kAsymmetric, kStochastic}, 0.5f, 0);
+  add(17'000, {2, 1}, 0, 1);
+  add(30'000, {32}, 0, 0);
+  add(600, {1, 3}, 0.5f, 4);
+  all.gradient = bench.random(Shape{numel}, DType::f32);
+  all.master = bench.random(Shape{numel}, DType::f32, 0.1);
+  all.exp_avg = bench.zeros(Shape{numel}, DType::f32);
+  all.exp_avg_sq = bench.zeros(Shape{numel}, DType::f32);
+  all.working = bench.zeros(Shape{numel}, dtype);
+  return all;
+}
+
+class AdamPublished : public BackendTest {};
+
+// Bit for bit as the update and fake_quantize one after the other on the CPU.
+TEST_P(AdamPublished, WorkingWeightsAreThoseOfTheNewMasters) {
+  const Published here = all_widths(*this, dtype());
+  BackendWorkbench bench(CpuIsa::generic);
+  const Published there = all_widths(bench, dtype());
+  for (const Skip skip : {Skip::no, Skip::no, Skip::yes}) {
+    const std::vector<double> masters = values(here.master);
+    backend().adam_update(here.updated, here.tensors(decision(*this, skip)), here.published,
+                          here.working);
+    bench.backend().adam_update(there.updated, there.tensors(decision(bench, skip)), {}, {});
+    bench.backend().fake_quantize(there.published, there.master, there.working);
+    ASSERT_TRUE(here.state() == there.state());
+    EXPECT_EQ(values(here.master) == masters, skip == Skip::yes);
+    std::memset(here.working.data, 0, here.working.bytes());
+  }
+}
+
+BITFALL_BACKEND_SUITE(AdamPublished);
 
 }  // namespace
 }  // namespace bitfall::test

@@ -249,12 +249,13 @@ class MirroredBackend final : public Backend {
   void axpby(float alpha, const Tensor& x, float beta, const Tensor& y) override {
     run([&](auto& on) { device_->axpby(alpha, on(x), beta, on(y)); });
   }
-  void adam_update(const AdamStep& step, std::span<const DecayRange> ranges, const Tensor& decision,
-                   const Tensor& gradient, const Tensor& master, const Tensor& exp_avg,
-                   const Tensor& exp_avg_sq) override {
+  void adam_update(std::span<const AdamRange> ranges, const AdamTensors& tensors,
+                   std::span<const FakeQuantizeRange> published, const Tensor& working) override {
     run([&](auto& on) {
-      device_->adam_update(step, ranges, on(decision), on(gradient), on(master), on(exp_avg),
-                           on(exp_avg_sq));
+      device_->adam_update(ranges,
+                           {on(tensors.decision), on(tensors.gradient), on(tensors.master),
+                            on(tensors.exp_avg), on(tensors.exp_avg_sq)},
+                           published, on(working));
     });
   }
   void fake_quantize(std::span<const FakeQuantizeRange> ranges, const Tensor& master,
