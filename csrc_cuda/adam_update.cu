@@ -48,12 +48,11 @@ struct AdamSource {
     const float* const g = gradient + item.first;
     float *const w = master + item.first, *const m = exp_avg + item.first,
                  *const v = exp_avg_sq + item.first;
-    const bool whole = item.whole() && aligned(g) && aligned(w) && aligned(m) && aligned(v);
     for_each_row(item, [&](int row) {
-      const Eight gradients = load_row(item, g, whole, row);
-      Eight &weights = tile.rows[row], first = load_row(item, m, whole, row),
-            second = load_row(item, v, whole, row);
-      weights = load_row(item, w, whole, row);
+      const Eight gradients = load_row(item, g, row);
+      Eight &weights = tile.rows[row], first = load_row(item, m, row),
+            second = load_row(item, v, row);
+      weights = load_row(item, w, row);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const AdamElement element = updated(step, multiplier, gradients.value[j],
@@ -62,9 +61,9 @@ struct AdamSource {
         first.value[j] = element.exp_avg;
         second.value[j] = element.exp_avg_sq;
       }
-      store_row(item, w, whole, row, weights);
-      store_row(item, m, whole, row, first);
-      store_row(item, v, whole, row, second);
+      store_row(item, w, row, weights);
+      store_row(item, m, row, first);
+      store_row(item, v, row, second);
     });
   }
 };

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "csrc_cuda/sign_groups.h"
 #include "csrc_cuda/tiles.cuh"
@@ -27,7 +28,7 @@ __device__ inline void publish(GroupState& state, const QuantRange& range) {
 
 /// The range of a group once all its `tiles` have arrived. All threads must call it.
 __device__ inline QuantRange await_range(const GroupState& state, std::int64_t tiles,
-                                         QuantRange& shared) {
+                                         BlockMemory& shared) {
   if (threadIdx.x == 0) {
     const volatile GroupState& seen = state;
     while (seen.arrived < tiles) __nanosleep(40);
@@ -37,7 +38,7 @@ __device__ inline QuantRange await_range(const GroupState& state, std::int64_t t
     shared.min_key = static_cast<std::int32_t>(~(seen.smallest ^ lowest));
   }
   __syncthreads();
-  return shared;
+  return {shared.min_key, shared.max_key};
 }
 
 /// What the group of a tile shares, if the item is to write it. All threads must call it.
@@ -53,7 +54,7 @@ __device__ inline QuantGroup find_group(const TileWork& work, const Item& item, 
     if (tiles > 1) publish(work.states[item.group], range);
   }
   if (item.task == TileTask::read) return {};
-  if (tiles > 1) range = await_range(work.states[item.group], tiles, shared.group_range);
+  if (tiles > 1) range = await_range(work.states[item.group], tiles, shared);
   return uniform_group(spec.bits, spec.q_type, range);
 }
 
@@ -111,6 +112,7 @@ __global__ __launch_bounds__(kQuantThreads,
                              Source::kBlocksPerProcessor) void tile_kernel(TileWork work,
                                                                            Source source,
                                                                            T* working) {
+  static_assert(std::is_trivially_default_constructible_v<BlockMemory>);
   extern __shared__ __align__(16) BlockMemory block_memory[];
   BlockMemory& shared = block_memory[0];
   const auto take = [&] { return threadIdx.x == 0 ? atomicAdd(work.taken, 1ull) : 0; };

@@ -28,11 +28,12 @@ struct TileWork {
   const QuantGroup* sign_groups;  ///< per group, of ternary and binary ranges
 };
 
-/// Of the threads of a block. Dynamic memory, since the emulator has several blocks in flight.
+/// Of the threads of a block. Dynamic memory, since the emulator has several blocks in flight; no
+/// initializers, which shared memory must not have.
 struct BlockMemory {
   std::uint16_t random[kQuantThreads / 16][kStochasticBlock];
   WarpRanges warp_ranges;
-  QuantRange group_range;
+  std::int32_t min_key, max_key;  ///< of the group
   std::uint64_t item[2];
 };
 
@@ -86,17 +87,15 @@ __device__ inline void for_each_row(const Item& item, const Body& body) {
   }
 }
 
-/// This thread's eight of a row. `data`: the buffer from item.first on; `whole`: whether all of the
-/// tile is there and at a 16-byte boundary.
-__device__ inline Eight load_row(const Item& item, const float* data, bool whole, int row) {
-  if (whole) return load_packs(data + place(row));
+/// This thread's eight of a row. `data`: the buffer from item.first on.
+__device__ inline Eight load_row(const Item& item, const float* data, int row) {
+  if (item.whole() && aligned(data)) return load_packs(data + place(row));
   return load_eight(data, place(row), item.begin, item.end);
 }
 
 template <typename T>
-__device__ inline void store_row(const Item& item, T* data, bool whole, int row,
-                                 const Eight& values) {
-  if (whole) {
+__device__ inline void store_row(const Item& item, T* data, int row, const Eight& values) {
+  if (item.whole() && aligned(data)) {
     store_packs(data + place(row), values);
   } else {
     store_eight(data, place(row), item.begin, item.end, values);
@@ -109,15 +108,14 @@ __device__ inline void load_tile(const Item& item, const float* master, Tile& ti
 #pragma unroll
     for (int row = 0; row < kTileRows; ++row) tile.rows[row] = load_packs(master + place(row));
   } else {
-    for_each_row(item, [&](int row) { tile.rows[row] = load_row(item, master, false, row); });
+    for_each_row(item, [&](int row) { tile.rows[row] = load_row(item, master, row); });
   }
 }
 
 template <typename T>
 __device__ inline void store_tile(const Item& item, const Tile& tile, T* working) {
   working += item.first;
-  const bool whole = item.whole() && aligned(working);
-  for_each_row(item, [&](int row) { store_row(item, working, whole, row, tile.rows[row]); });
+  for_each_row(item, [&](int row) { store_row(item, working, row, tile.rows[row]); });
 }
 
 /// Of the weights that this thread has.
