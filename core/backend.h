@@ -26,9 +26,11 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 
 #include "core/quant_spec.h"
+#include "core/recorder.h"
 #include "core/rng.h"
 #include "core/tensor.h"
 #include "core/update_decision.h"
@@ -164,6 +166,8 @@ class Backend {
   /// host.
   virtual void copy(const Tensor& source, const Tensor& destination) = 0;
   virtual void synchronize() = 0;
+  /// For operations of this backend, which must outlive it.
+  virtual std::unique_ptr<Recorder> make_recorder() { return std::make_unique<Recorder>(); }
   virtual void fill_zero(const Tensor& destination) = 0;
   /// fill_zero of memory from allocate() that is written again late or in part: until then a device
   /// may give it back to the system.

@@ -33,15 +33,20 @@ BITFALL_INLINE PhiloxBlock philox(PhiloxBlock counter, PhiloxKey key) {
   return counter;
 }
 
-/// Dropout at one place of the network during one forward pass.
+/// Identity of a sample among those of all steps: the samples of one step differ, and with N of
+/// them a key comes again after some 2^31 / N steps.
+BITFALL_INLINE std::uint32_t sample_key_in_step(std::uint32_t sample, std::uint32_t step) {
+  return sample + 0x9E3779B9u * step;
+}
+
+/// Dropout at one place of the network.
 ///
 /// Row r of a tensor is identified by `row_keys[r] = {sample_key, position}` (for attention, the
 /// row of the probabilities of head a and query q is {sample_key, (a << 16) | q}), so a mask
-/// depends on the sample alone: not on padding, micro-batches or ranks.
+/// depends on sample and step alone: not on padding, micro-batches or ranks.
 struct Dropout {
   float probability = 0.0f;  ///< 0 switches it off; below 1
   std::uint64_t seed = 0;
-  std::uint32_t step = 0;  ///< optimizer step
   std::uint32_t site = 0;  ///< which dropout of the network
 
   /// An element is dropped when its 16 random bits are below this.
@@ -65,8 +70,8 @@ struct Dropout {
 /// (column % 128) / 16. So 16 neighbouring lanes of a vector hold 16 neighbouring columns.
 BITFALL_INLINE std::uint32_t dropout_bits(const Dropout& dropout, std::uint32_t sample_key,
                                           std::uint32_t position, std::uint32_t column) {
-  const PhiloxBlock block = philox(
-      {{16 * (column / 128) + column % 16, position, sample_key, dropout.step}}, dropout.key());
+  const PhiloxBlock block =
+      philox({{16 * (column / 128) + column % 16, position, sample_key, 0}}, dropout.key());
   const std::uint32_t half = (column % 128) / 16;
   return (block.word[half / 2] >> (16 * (half % 2))) & 0xffffu;
 }

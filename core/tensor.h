@@ -50,6 +50,8 @@ struct Tensor {
   std::int64_t numel() const { return data == nullptr ? 0 : shape.numel(); }
   std::size_t bytes() const { return static_cast<std::size_t>(numel()) * size_in_bytes(dtype); }
 
+  std::uint64_t address() const { return reinterpret_cast<std::uintptr_t>(data); }
+
   /// Typed pointer; the caller has dispatched on dtype already.
   template <typename T>
   T* as() const {

@@ -226,8 +226,7 @@ __device__ inline std::uint32_t kept_columns(const Dropout& dropout, std::uint32
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const auto counter = static_cast<std::uint32_t>(first_key / 128 * 16 + 8 * side + i);
-    const PhiloxBlock block =
-        philox({{counter, position, sample_key, dropout.step}}, dropout.key());
+    const PhiloxBlock block = philox({{counter, position, sample_key, 0}}, dropout.key());
     const std::uint32_t words[2] = {upper ? block.word[2] : block.word[0],
                                     upper ? block.word[3] : block.word[1]};
 #pragma unroll

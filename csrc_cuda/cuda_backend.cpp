@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "csrc_cuda/graph_recorder.h"
 #include "csrc_cuda/matmul_plans.h"
 #include "csrc_cuda/quantize_table.h"
 
@@ -11,14 +12,6 @@ namespace {
 int selected(int device_index) {
   cuda_check(cudaSetDevice(device_index), "cudaSetDevice");
   return device_index;
-}
-
-CudaStream make_stream() {
-  cudaStream_t stream = nullptr;
-  // Work of others on the default stream must not wait for ours, nor ours for theirs.
-  cuda_check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking),
-             "cudaStreamCreateWithFlags");
-  return CudaStream(stream);
 }
 
 /// Free and total bytes of the GPU for a message; zeros if CUDA does not say.
@@ -106,6 +99,12 @@ void CudaBackend::fill_zero(const Tensor& destination) {
   if (destination.bytes() == 0) return;
   cuda_check(cudaMemsetAsync(device_data<void>(destination), 0, destination.bytes(), stream()),
              "cudaMemsetAsync");
+}
+
+std::unique_ptr<Recorder> CudaBackend::make_recorder() {
+  // The default stream, on which PyTorch works, cannot be recorded.
+  if (stream_ == nullptr) return Backend::make_recorder();
+  return std::make_unique<GraphRecorder>(*this);
 }
 
 Communicator& CudaBackend::adopt(std::unique_ptr<Communicator> communicator) {

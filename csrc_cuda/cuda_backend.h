@@ -31,6 +31,7 @@ class CudaBackend final : public Backend {
   Buffer allocate(std::size_t bytes) override;
   void copy(const Tensor& source, const Tensor& destination) override;
   void synchronize() override;
+  std::unique_ptr<Recorder> make_recorder() override;
   void fill_zero(const Tensor& destination) override;
   void forget(const Tensor& tensor) override { fill_zero(tensor); }
 
@@ -130,6 +131,8 @@ class CudaBackend final : public Backend {
   /// The stream of every operation, with its GPU made the calling thread's current one.
   cudaStream_t stream() const;
   int device_index() const { return device_index_; }
+  /// Memory that operations share; another when one has needed more.
+  const void* scratch_memory() const { return scratch_.memory().get(); }
   /// Keeps the communicator of this GPU for as long as the backend lives.
   Communicator& adopt(std::unique_ptr<Communicator> communicator);
 

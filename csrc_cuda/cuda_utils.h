@@ -54,6 +54,17 @@ inline CudaEvent make_event() {
 template <typename T>
 using PinnedMemory = std::unique_ptr<T, HandleDeleter<cudaFreeHost>>;
 
+/// A stream for which work of others on the default stream does not wait, nor it for theirs. Throws
+/// BackendError.
+inline CudaStream make_stream() {
+  cudaStream_t stream = nullptr;
+  cuda_check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking),
+             "cudaStreamCreateWithFlags");
+  return CudaStream(stream);
+}
+
+using DeviceMemory = std::unique_ptr<void, HandleDeleter<cudaFree>>;
+
 /// Pinned memory for `bytes`. Throws BackendError.
 template <typename T>
 PinnedMemory<T> allocate_pinned(std::size_t bytes) {

@@ -153,9 +153,9 @@ __device__ inline Eight load_columns(const T* row, std::int64_t first, std::int6
 __device__ inline Eight dropout_multipliers(const Dropout& dropout, std::int32_t sample_key,
                                             std::int32_t position, std::int64_t first) {
   const std::uint32_t counter = static_cast<std::uint32_t>(16 * (first / 128) + first % 16);
-  const PhiloxBlock block = philox({{counter, static_cast<std::uint32_t>(position),
-                                     static_cast<std::uint32_t>(sample_key), dropout.step}},
-                                   dropout.key());
+  const PhiloxBlock block = philox(
+      {{counter, static_cast<std::uint32_t>(position), static_cast<std::uint32_t>(sample_key), 0}},
+      dropout.key());
   const std::uint32_t threshold = dropout.threshold();
   const float scale = dropout.scale();
   Eight result;

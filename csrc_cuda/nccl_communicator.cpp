@@ -7,13 +7,6 @@
 namespace bitfall {
 namespace {
 
-CudaStream make_stream() {
-  cudaStream_t stream = nullptr;
-  cuda_check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking),
-             "cudaStreamCreateWithFlags");
-  return CudaStream(stream);
-}
-
 ncclRedOp_t nccl_op(ReduceOp op) { return op == ReduceOp::mean ? ncclAvg : ncclSum; }
 
 ncclUniqueId shared_id(Communicator& host) {

@@ -9,8 +9,9 @@
 namespace bitfall {
 
 /// From memory that is not pinned CUDA may copy only once the stream has come that far, and the
-/// caller waits. Pieces go through pinned memory instead, in a few slots that take turns: the host
-/// waits only if it is that many pieces ahead.
+/// caller waits. Pieces go through pinned memory instead, and on a stream of their own to the GPU,
+/// while it still works on what came before; the stream of their destination takes them from there.
+/// They do so in a few slots in turn: the host waits only if it is that many pieces ahead.
 class PinnedStaging {
  public:
   static constexpr std::size_t kMostBytes = std::size_t{4} << 20;
@@ -21,10 +22,15 @@ class PinnedStaging {
 
  private:
   struct Slot {
-    PinnedMemory<std::byte> memory;
+    PinnedMemory<std::byte> on_host;
+    DeviceMemory on_gpu;
     std::size_t bytes = 0;
-    CudaEvent read;  ///< the GPU has read the last piece
+    CudaEvent arrived;  ///< the last piece is on the GPU
+    CudaEvent read;     ///< the last piece has been taken
   };
+  void grow(Slot& slot, std::size_t bytes);
+
+  CudaStream stream_;
   std::array<Slot, 4> slots_;
   std::size_t next_ = 0;
 };

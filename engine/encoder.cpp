@@ -10,6 +10,10 @@ namespace {
 constexpr std::size_t kEmbeddingParameters = 5;
 constexpr int kEmbeddingDropoutSite = 0;
 
+/// Pieces of a pass that are recorded, beside the backward pass of layer 0, 1, ...
+constexpr std::uint64_t kForwardPiece = std::uint64_t{1} << 32,
+                        kEmbeddingsBackwardPiece = kForwardPiece + 1;
+
 std::vector<ParameterSpec> embedding_parameters(const EncoderConfig& config) {
   const std::int64_t hidden = config.hidden_size;
   const std::string prefix = "bert.embeddings.";
@@ -46,6 +50,7 @@ Encoder::Encoder(Backend& backend, const EncoderConfig& config, std::unique_ptr<
       config_(config),
       head_(std::move(head)),
       parameters_(embedding_parameters(config)),
+      recorder_(backend.make_recorder()),
       workspace_(backend) {
   const int count = static_cast<int>(config.num_hidden_layers);
   const auto append = [this](const std::vector<ParameterSpec>& specs) {
@@ -81,6 +86,10 @@ void Encoder::bind(std::span<const Tensor> weights, std::span<const Tensor> grad
   }
   bind_next(head_->parameters().size(),
             [this](const auto& w, const auto& g) { head_->bind(w, g); });
+  bound_key_.clear();
+  for (const std::span<const Tensor> tensors : {weights, gradients}) {
+    for (const Tensor& tensor : tensors) bound_key_.push_back(tensor.address());
+  }
   compute_dtype_ = dtype;
   bound_ = true;
   backward_possible_ = hessian_prepared_ = false;
@@ -88,16 +97,22 @@ void Encoder::bind(std::span<const Tensor> weights, std::span<const Tensor> grad
 
 void Encoder::forward(const Batch& batch, const ForwardContext& context) {
   start(batch, context, Purpose::pass);
-  run_forward();
+  record({kForwardPiece}, [this] { run_forward(); });
   backward_possible_ = context.mode != Mode::evaluate;
 }
 
 void Encoder::run_forward() {
   embeddings_forward(scratch_.hidden, hidden_[0]);
   for (std::size_t i = 0; i < layers_.size(); ++i) {
-    layers_[i].forward(pass(), activations_[i], hidden_[i], hidden_[i + 1]);
+    layers_[i].forward(pass(), hidden_[i + 1]);
   }
-  head_->forward(pass(), hidden_.back(), EncoderLayer::first_free_dropout_site(num_layers()));
+  head_->forward(pass());
+}
+
+void Encoder::record(const RecordKey& piece, const std::function<void()>& work) {
+  RecordKey key = planned_key_;
+  key.insert(key.end(), piece.begin(), piece.end());
+  recorder_->run(key, work);
 }
 
 void Encoder::start(const Batch& batch, const ForwardContext& context, Purpose purpose) {
@@ -106,15 +121,36 @@ void Encoder::start(const Batch& batch, const ForwardContext& context, Purpose p
   head_->check_labels(batch);
   context_ = context;
   backward_possible_ = hessian_prepared_ = false;
+  // A head that reads every token would read those that fill up, too.
+  const bool all_tokens = head_->rows() == OutputRows::all_tokens;
+  const std::int64_t token_multiple = all_tokens ? 1 : recorder_->size_multiple();
   workspace_.plan([&] {
-    device_batch_.plan(workspace_, batch);
+    device_batch_.plan(workspace_, batch, token_multiple);
     plan_scratch();
     plan_activations(purpose);
     hessian_.clear();
     if (purpose == Purpose::hessian) plan_hessian();
-    head_->plan(workspace_, compute_dtype_, device_batch_);
+    head_->plan(workspace_, compute_dtype_, device_batch_, hidden_.back());
   });
-  device_batch_.upload(backend_, batch);
+  device_batch_.upload(backend_, batch, context.step);
+  planned_key_ = key_of_plan(purpose);
+}
+
+RecordKey Encoder::key_of_plan(Purpose purpose) const {
+  const EncoderBatch& batch = device_batch_;
+  RecordKey key = bound_key_;
+  // Where all else lies in the workspace follows from what is in it, and from its beginning.
+  for (const Tensor& tensor : {batch.ids.input_ids, batch.key_lengths, batch.class_labels,
+                               batch.regression_labels, batch.span_positions}) {
+    key.push_back(tensor.address());
+  }
+  for (const std::int64_t number : {batch.num_tokens, batch.num_sequences}) {
+    key.push_back(static_cast<std::uint64_t>(number));
+  }
+  key.push_back(static_cast<std::uint64_t>(context_.mode));
+  key.push_back(context_.seed);
+  key.push_back(static_cast<std::uint64_t>(purpose));
+  return key;
 }
 
 void Encoder::plan_scratch() {
@@ -151,6 +187,7 @@ void Encoder::plan_activations(Purpose purpose) {
     activations_.push_back(
         share ? activations_[index - 1]
               : LayerActivations::plan(workspace_, config_, compute_dtype_, device_batch_, rows));
+    layers_[index].plan(hidden_.back(), activations_.back());
   }
   const bool all_tokens = head_->rows() == OutputRows::all_tokens;
   hidden_.push_back(
@@ -199,20 +236,29 @@ void Encoder::backward_from(const Tensor& d_logits, Accumulate accumulate,
   const auto ready = [&on_block_ready](int block) {
     if (on_block_ready) on_block_ready(block);
   };
-  constexpr Differentiate kWhat = Differentiate::weights_and_input;
-  head_->backward(pass(), d_logits, kWhat, accumulate, scratch_gradients(layers_.back()).output);
+  const auto adds = static_cast<std::uint64_t>(accumulate);
   for (int index = num_layers() - 1; index >= 0; --index) {
     const auto position = static_cast<std::size_t>(index);
-    EncoderLayer& layer = layers_[position];
-    layer.backward(
-        pass(), kWhat, accumulate, scratch_gradients(layer),
-        [this, position](const Tensor& input) { restore_input(position, input); },
-        scratch_.d_hidden);
+    record({position, adds, d_logits.address()}, [&] {
+      if (index + 1 == num_layers()) head_backward(d_logits, accumulate);
+      layer_backward(position, accumulate);
+    });
     ready(index);
   }
-  embeddings_backward(accumulate);
+  record({kEmbeddingsBackwardPiece, adds}, [&] { embeddings_backward(accumulate); });
   backward_possible_ = false;
   ready(kNoBlock);
+}
+
+void Encoder::head_backward(const Tensor& d_logits, Accumulate accumulate) {
+  head_->backward(pass(), d_logits, Differentiate::weights_and_input, accumulate,
+                  scratch_gradients(layers_.back()).output);
+}
+
+void Encoder::layer_backward(std::size_t index, Accumulate accumulate) {
+  layers_[index].backward(
+      pass(), Differentiate::weights_and_input, accumulate, scratch_gradients(layers_[index]),
+      [this, index](const Tensor& input) { restore_input(index, input); }, scratch_.d_hidden);
 }
 
 void Encoder::embeddings_backward(Accumulate accumulate) {

@@ -4,6 +4,8 @@
 // workspace, so no step after the largest allocates. In Mode::evaluate all layers share buffers.
 #pragma once
 
+#include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -63,6 +65,11 @@ class Encoder final : public Model {
   /// Checks the batch, plans memory for it and copies it to the device.
   void start(const Batch& batch, const ForwardContext& context, Purpose purpose);
   void run_forward();
+  void head_backward(const Tensor& d_logits, Accumulate accumulate);
+  void layer_backward(std::size_t index, Accumulate accumulate);
+  /// Does `work`, a piece of a pass that follows from `piece` and the pass's plan alone.
+  void record(const RecordKey& piece, const std::function<void()>& work);
+  RecordKey key_of_plan(Purpose purpose) const;
   void plan_scratch();
   void plan_activations(Purpose purpose);
   void plan_hessian();
@@ -76,6 +83,8 @@ class Encoder final : public Model {
   LayerGradients scratch_gradients(const EncoderLayer& layer) const {
     return LayerGradients::in(scratch_, config_, layer.rows());
   }
+  void tangent_pass(std::size_t first, std::span<const Tensor> direction,
+                    std::span<const Tensor> product);
   void check_hessian_product(int block, std::span<const Tensor> direction,
                              std::span<const Tensor> product) const;
 
@@ -87,8 +96,11 @@ class Encoder final : public Model {
 
   DType compute_dtype_ = DType::f32;
   bool bound_ = false, has_gradients_ = false;
+  RecordKey bound_key_;    ///< of what bind() was given
+  RecordKey planned_key_;  ///< of that and what start() has planned
   EmbeddingTensors embeddings_, embedding_gradients_;
 
+  std::unique_ptr<Recorder> recorder_;
   Workspace workspace_;
   EncoderBatch device_batch_;
   EncoderScratch scratch_;

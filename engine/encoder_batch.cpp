@@ -58,7 +58,9 @@ class HostImage {
   }
   template <typename T>
   void set(const Tensor& tensor, const std::vector<T>& values) {
-    if (tensor) std::copy_n(values.begin(), tensor.numel(), of<T>(tensor));
+    if (!tensor) return;
+    const auto room = static_cast<std::size_t>(tensor.numel());
+    std::copy_n(values.begin(), std::min(room, values.size()), of<T>(tensor));
   }
 
   void upload(Backend& backend) {
@@ -103,16 +105,17 @@ void check_batch(const Batch& batch, const EncoderConfig& config) {
   }
 }
 
-void EncoderBatch::plan(Workspace& workspace, const Batch& batch) {
-  num_tokens = batch.num_tokens();
+void EncoderBatch::plan(Workspace& workspace, const Batch& batch, std::int64_t token_multiple) {
+  num_tokens = (batch.num_tokens() + token_multiple - 1) / token_multiple * token_multiple;
   num_sequences = batch.num_sequences();
+  const std::int64_t attended = num_sequences + (token_multiple > 1 ? 1 : 0);
   const auto integers = [&workspace](const Shape& shape) {
     return workspace.take(DType::s32, shape);
   };
   ids = {integers({num_tokens}), integers({num_tokens}), integers({num_tokens})};
-  sequence_starts = integers({num_sequences + 1});
-  key_lengths = batch.key_lengths.empty() ? Tensor() : integers({num_sequences});
-  sample_keys = integers({num_sequences});
+  sequence_starts = integers({attended + 1});
+  key_lengths = batch.key_lengths.empty() ? Tensor() : integers({attended});
+  sample_keys = integers({attended});
   row_keys = integers({num_tokens, 2});
   first_tokens = integers({num_sequences});
   first_token_keys = integers({num_sequences, 2});
@@ -122,20 +125,23 @@ void EncoderBatch::plan(Workspace& workspace, const Batch& batch) {
   span_positions = batch.span_positions.empty() ? Tensor() : integers({num_sequences, 2});
 }
 
-void EncoderBatch::upload(Backend& backend, const Batch& batch) const {
+void EncoderBatch::upload(Backend& backend, const Batch& batch, std::uint32_t step) const {
   HostImage image({ids.input_ids, ids.position_ids, ids.token_type_ids, sequence_starts,
                    key_lengths, sample_keys, row_keys, first_tokens, first_token_keys, class_labels,
                    regression_labels, span_positions});
   auto* position_id = image.of<std::int32_t>(ids.position_ids);
   auto* row_key = image.of<std::int32_t>(row_keys);
   auto* first_key = image.of<std::int32_t>(first_token_keys);
+  std::vector<std::int32_t> keys;
   for (std::size_t b = 0; b + 1 < batch.sequence_starts.size(); ++b) {
     const std::int32_t length = batch.sequence_starts[b + 1] - batch.sequence_starts[b];
-    *first_key = batch.sample_keys[b];
+    const auto sample = static_cast<std::uint32_t>(batch.sample_keys[b]);
+    keys.push_back(static_cast<std::int32_t>(sample_key_in_step(sample, step)));
+    *first_key = keys.back();
     first_key += 2;  // at position 0
     for (std::int32_t position = 0; position < length; ++position) {
       *position_id++ = position;
-      *row_key++ = batch.sample_keys[b];
+      *row_key++ = keys.back();
       *row_key++ = position;
     }
   }
@@ -143,8 +149,10 @@ void EncoderBatch::upload(Backend& backend, const Batch& batch) const {
   if (!batch.position_ids.empty()) image.set(ids.position_ids, batch.position_ids);
   if (!batch.token_type_ids.empty()) image.set(ids.token_type_ids, batch.token_type_ids);
   image.set(sequence_starts, batch.sequence_starts);
+  auto* const starts = image.of<std::int32_t>(sequence_starts);
+  starts[sequence_starts.numel() - 1] = static_cast<std::int32_t>(num_tokens);
   image.set(key_lengths, batch.key_lengths);
-  image.set(sample_keys, batch.sample_keys);
+  image.set(sample_keys, keys);
   image.set(first_tokens, batch.sequence_starts);
   image.set(class_labels, batch.class_labels);
   image.set(regression_labels, batch.regression_labels);

@@ -1,5 +1,6 @@
 // Exact Hessian products of the encoder: tangents of a forward and a backward pass, from the block
 // whose weights move up to the loss and back down to it. Blocks below have no tangents.
+#include <bit>
 #include <string>
 
 #include "core/checks.h"
@@ -57,7 +58,15 @@ void Encoder::check_hessian_product(int block, std::span<const Tensor> direction
 void Encoder::hessian_product(int block, std::span<const Tensor> direction,
                               std::span<const Tensor> product) {
   check_hessian_product(block, direction, product);
-  const auto first = static_cast<std::size_t>(block);
+  RecordKey piece{static_cast<std::uint64_t>(block), std::bit_cast<std::uint32_t>(hessian_scale_)};
+  for (const std::span<const Tensor> tensors : {direction, product}) {
+    for (const Tensor& tensor : tensors) piece.push_back(tensor.address());
+  }
+  record(piece, [&] { tangent_pass(static_cast<std::size_t>(block), direction, product); });
+}
+
+void Encoder::tangent_pass(std::size_t first, std::span<const Tensor> direction,
+                           std::span<const Tensor> product) {
   // Tangents travel where gradients do in training.
   const auto travelling = [this](std::size_t layer) {
     return scratch_gradients(layers_[layer]).output;

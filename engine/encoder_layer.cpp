@@ -141,8 +141,8 @@ EncoderLayer::Tensors EncoderLayer::group(std::span<const Tensor> tensors) {
           tensors[15]};
 }
 
-int EncoderLayer::first_free_dropout_site(int num_layers) {
-  return kDropoutsPerLayer * num_layers + 1;
+int EncoderLayer::first_free_dropout_site(std::int64_t num_layers) {
+  return kDropoutsPerLayer * static_cast<int>(num_layers) + 1;
 }
 
 Dropout EncoderLayer::attention_probs_dropout(const EncoderPass& pass) const {
@@ -157,10 +157,12 @@ Dropout EncoderLayer::output_dropout(const EncoderPass& pass) const {
   return pass.dropout(config_.hidden_dropout_prob, kDropoutsPerLayer * index_ + 3);
 }
 
-void EncoderLayer::forward(const EncoderPass& pass, const LayerActivations& activations,
-                           const Tensor& input, const Tensor& output) {
-  saved_ = activations;
+void EncoderLayer::plan(const Tensor& input, const LayerActivations& activations) {
   input_ = input;
+  saved_ = activations;
+}
+
+void EncoderLayer::forward(const EncoderPass& pass, const Tensor& output) {
   const Tensor attention_output = attention_forward(pass);
   feed_forward_forward(pass, attention_output, output);
 }

@@ -70,7 +70,7 @@ class EncoderLayer {
   EncoderLayer(const EncoderConfig& config, int index, OutputRows rows);
 
   /// Dropouts are numbered: 0 in the embeddings, then those of each layer, then the head's.
-  static int first_free_dropout_site(int num_layers);
+  static int first_free_dropout_site(std::int64_t num_layers);
 
   OutputRows rows() const { return rows_; }
   /// In flat order.
@@ -78,10 +78,11 @@ class EncoderLayer {
   /// Tensors parallel to parameters(); `gradients` may be empty if none will be computed. Throws
   /// ShapeError unless query, key and value are adjacent in memory.
   void bind(std::span<const Tensor> weights, std::span<const Tensor> gradients);
-  /// input [T, H] -> output [R, H]; `activations` are read again by backward(), and with `input`
-  /// by forward_tangent() and backward_tangent().
-  void forward(const EncoderPass& pass, const LayerActivations& activations, const Tensor& input,
-               const Tensor& output);
+  /// Memory of the passes to come: the layer's input [T, H], and what forward() keeps.
+  void plan(const Tensor& input, const LayerActivations& activations);
+  /// input -> output [R, H]; the activations are read again by backward(), and with the input by
+  /// forward_tangent() and backward_tangent().
+  void forward(const EncoderPass& pass, const Tensor& output);
   /// Gradients of the layer's weights and of its input, as far as `what` says.
   ///
   /// gradients.output in. With weights_and_input once per forward(): what that kept is overwritten.

@@ -35,7 +35,7 @@ struct EncoderPass {
 
   /// Dropout number `site` of the network; off except in Mode::train.
   Dropout dropout(float probability, int site) const {
-    return {context.mode == Mode::train ? probability : 0.0f, context.seed, context.step,
+    return {context.mode == Mode::train ? probability : 0.0f, context.seed,
             static_cast<std::uint32_t>(site)};
   }
   const Tensor& row_keys(OutputRows rows) const {

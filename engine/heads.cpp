@@ -1,6 +1,7 @@
 #include "engine/heads.h"
 
 #include "core/error.h"
+#include "engine/encoder_layer.h"
 
 namespace bitfall {
 namespace {
@@ -20,6 +21,7 @@ class PooledHead final : public Head {
   PooledHead(const EncoderConfig& config, const HeadConfig& head)
       : hidden_size_(config.hidden_size),
         dropout_probability_(config.classifier_dropout),
+        dropout_site_(EncoderLayer::first_free_dropout_site(config.num_hidden_layers)),
         head_(head) {}
 
   OutputRows rows() const override { return OutputRows::first_token; }
@@ -38,8 +40,10 @@ class PooledHead final : public Head {
 
   void check_labels(const Batch& batch) const override;
 
-  void plan(Workspace& workspace, DType compute_dtype, const EncoderBatch& batch) override {
+  void plan(Workspace& workspace, DType compute_dtype, const EncoderBatch& batch,
+            const Tensor& hidden) override {
     const std::int64_t rows = batch.num_sequences;
+    hidden_ = hidden;
     pre_activation_ = workspace.take(compute_dtype, {rows, hidden_size_});
     pooled_ = workspace.take(compute_dtype, {rows, hidden_size_});
     logits_ = workspace.take(compute_dtype, {rows, head_.num_labels});
@@ -50,7 +54,7 @@ class PooledHead final : public Head {
     loss_ = labels(batch) ? workspace.take(DType::f32, {1}) : Tensor();
   }
 
-  void forward(const EncoderPass& pass, const Tensor& hidden, int dropout_site) override;
+  void forward(const EncoderPass& pass) override;
   void backward(const EncoderPass& pass, const Tensor& d_logits, Differentiate what,
                 Accumulate accumulate, const Tensor& d_hidden) override;
   void tangent(const EncoderPass& pass, float scale, const Tensor& hidden_tangent,
@@ -75,9 +79,9 @@ class PooledHead final : public Head {
 
   std::int64_t hidden_size_;
   float dropout_probability_;
+  int dropout_site_;
   HeadConfig head_;
   Tensors weights_, gradients_;
-  Dropout dropout_;
   Tensor hidden_, pre_activation_, pooled_;
   Tensor no_labels_;  ///< [R] f32, regression: zeros
 };
@@ -102,14 +106,13 @@ void PooledHead::check_labels(const Batch& batch) const {
   }
 }
 
-void PooledHead::forward(const EncoderPass& pass, const Tensor& hidden, int dropout_site) {
+void PooledHead::forward(const EncoderPass& pass) {
   Backend& backend = pass.backend;
-  hidden_ = hidden;
-  dropout_ = pass.dropout(dropout_probability_, dropout_site);
-  backend.linear_activation_forward(hidden, weights_.pooler_weight, weights_.pooler_bias,
+  const Dropout dropout = pass.dropout(dropout_probability_, dropout_site_);
+  backend.linear_activation_forward(hidden_, weights_.pooler_weight, weights_.pooler_bias,
                                     Activation::tanh, pre_activation_, pooled_);
-  if (dropout_.enabled()) {
-    backend.dropout(dropout_, pass.batch.first_token_keys, pooled_, pooled_);
+  if (dropout.enabled()) {
+    backend.dropout(dropout, pass.batch.first_token_keys, pooled_, pooled_);
   }
   backend.linear_forward(pooled_, weights_.classifier_weight, weights_.classifier_bias, logits_,
                          Accumulate::no);
@@ -134,8 +137,9 @@ void PooledHead::backward(const EncoderPass& pass, const Tensor& d_logits, Diffe
   Backend& backend = pass.backend;
   const Tensor d_pooled = first_part(pass.scratch.d_dense, pooled_.shape);
   backend.linear_backward_input(d_logits, weights_.classifier_weight, d_pooled, Accumulate::no);
-  if (dropout_.enabled()) {
-    backend.dropout(dropout_, pass.batch.first_token_keys, d_pooled, d_pooled);
+  if (const Dropout dropout = pass.dropout(dropout_probability_, dropout_site_);
+      dropout.enabled()) {
+    backend.dropout(dropout, pass.batch.first_token_keys, d_pooled, d_pooled);
   }
   backend.activation_backward(Activation::tanh, pre_activation_, d_pooled, d_pooled, Tensor());
   backend.linear_backward_input(d_pooled, weights_.pooler_weight, d_hidden, Accumulate::no);
@@ -197,7 +201,9 @@ class SpanHead final : public Head {
 
   void check_labels(const Batch& batch) const override;
 
-  void plan(Workspace& workspace, DType compute_dtype, const EncoderBatch& batch) override {
+  void plan(Workspace& workspace, DType compute_dtype, const EncoderBatch& batch,
+            const Tensor& hidden) override {
+    hidden_ = hidden;
     logits_ = workspace.take(compute_dtype, {batch.num_tokens, 2});
     d_logits_ = workspace.take(compute_dtype, {batch.num_tokens, 2});
     logits_tangent_ = workspace.take(compute_dtype, {batch.num_tokens, 2});
@@ -205,9 +211,8 @@ class SpanHead final : public Head {
     loss_ = batch.span_positions ? workspace.take(DType::f32, {1}) : Tensor();
   }
 
-  void forward(const EncoderPass& pass, const Tensor& hidden, int /*dropout_site*/) override {
-    hidden_ = hidden;
-    pass.backend.linear_forward(hidden, weight_, bias_, logits_, Accumulate::no);
+  void forward(const EncoderPass& pass) override {
+    pass.backend.linear_forward(hidden_, weight_, bias_, logits_, Accumulate::no);
     if (loss_) {
       pass.backend.span_cross_entropy_forward(logits_, pass.batch.sequence_starts,
                                               pass.batch.span_positions, loss_);
@@ -270,12 +275,12 @@ class AbsentHead final : public Head {
     check<ShapeError>(absent, "the batch has labels: a model without a head takes none");
   }
 
-  void plan(Workspace& /*workspace*/, DType /*compute_dtype*/,
-            const EncoderBatch& /*batch*/) override {}
-
-  void forward(const EncoderPass& /*pass*/, const Tensor& hidden, int /*dropout_site*/) override {
+  void plan(Workspace& /*workspace*/, DType /*compute_dtype*/, const EncoderBatch& /*batch*/,
+            const Tensor& hidden) override {
     logits_ = hidden;
   }
+
+  void forward(const EncoderPass& /*pass*/) override {}
 
   void backward(const EncoderPass& pass, const Tensor& d_logits, Differentiate /*what*/,
                 Accumulate /*accumulate*/, const Tensor& d_hidden) override {

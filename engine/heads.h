@@ -39,11 +39,11 @@ class Head {
   /// Throws ShapeError unless the labels of `batch`, if it has any, are of this head's kind, one
   /// (for spans one pair) per sequence, and within range.
   virtual void check_labels(const Batch& batch) const = 0;
-  /// Takes the memory of one pass over `batch`.
-  virtual void plan(Workspace& workspace, DType compute_dtype, const EncoderBatch& batch) = 0;
-  /// hidden [R, H] -> logits() and, if the batch has labels, loss(); `hidden` is read again by
-  /// backward(). `dropout_site` is the first number that no other dropout has.
-  virtual void forward(const EncoderPass& pass, const Tensor& hidden, int dropout_site) = 0;
+  /// Takes the memory of one pass over `batch`, for which the encoder's output is `hidden` [R, H].
+  virtual void plan(Workspace& workspace, DType compute_dtype, const EncoderBatch& batch,
+                    const Tensor& hidden) = 0;
+  /// hidden -> logits() and, if the batch has labels, loss(); `hidden` is read again by backward().
+  virtual void forward(const EncoderPass& pass) = 0;
   /// scale * d loss / d logits; valid until the next plan(). Throws ShapeError if the batch had no
   /// labels.
   const Tensor& loss_gradient(const EncoderPass& pass, float scale);

@@ -298,11 +298,9 @@ BITFALL_INLINE void dropout_multipliers(const Dropout& dropout, std::uint32_t sa
     // Even columns in one set of lanes and odd ones in the other: a shift and an or join them.
     const LongWords even = lane_index + static_cast<std::uint64_t>(16 * block + first);
     const PhiloxLanes evens =
-        philox(PhiloxLanes{{even, none + position, none + sample_key, none + dropout.step}},
-               dropout.key());
+        philox(PhiloxLanes{{even, none + position, none + sample_key, none}}, dropout.key());
     const PhiloxLanes odds =
-        philox(PhiloxLanes{{even + 1, none + position, none + sample_key, none + dropout.step}},
-               dropout.key());
+        philox(PhiloxLanes{{even + 1, none + position, none + sample_key, none}}, dropout.key());
     for (int word = 0; word < 4; ++word) {
       const Words bits =
           reinterpret_cast<Words>((evens.word[word] & 0xffffffffu) | (odds.word[word] << 32));

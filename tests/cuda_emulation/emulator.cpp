@@ -212,6 +212,7 @@ std::map<void*, std::pair<void*, std::size_t>> mappings;
 }  // namespace
 
 cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
+  emulator::check_not_recording("cudaMalloc");
   if (bytes > std::size_t{1} << 40) return cudaErrorMemoryAllocation;
   const std::size_t rounded = (bytes + 31) / 32 * 32;
   const std::size_t total = (rounded + kPage - 1) / kPage * kPage + 2 * kPage;
@@ -235,12 +236,12 @@ cudaError_t cudaFree(void* memory) {
 }
 
 cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t) {
-  std::memset(memory, value, bytes);
+  emulator::submit([=] { std::memset(memory, value, bytes); });
   return cudaSuccess;
 }
 
 cudaError_t cudaMemcpyAsync(void* destination, const void* source, std::size_t bytes,
                             cudaMemcpyKind, cudaStream_t) {
-  std::memmove(destination, source, bytes);
+  emulator::submit([=] { std::memmove(destination, source, bytes); });
   return cudaSuccess;
 }

@@ -59,11 +59,16 @@ std::array<T, 32> exchange(T value) {
   return values;
 }
 
+/// Does `work` now or, while a stream is recorded, keeps it for the graph.
+void submit(std::function<void()> work);
+/// Ends the program with the name of a `call` that is not allowed while a stream is recorded.
+void check_not_recording(const char* call);
+
 /// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), as convert.py writes it.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
             CUstream_st*, const Arguments&... arguments) {
-  run(grid, block, shared_bytes, [&] { kernel(arguments...); });
+  submit([=] { run(grid, block, shared_bytes, [&] { kernel(arguments...); }); });
 }
 
 }  // namespace emulator

@@ -98,6 +98,7 @@ void compare(const Sizes& sizes) {
   overflow(sizes);
   move_checkpoint(sizes, "cuda", "cpu");
   move_checkpoint(sizes, "cpu", "cuda");
+  records();
 }
 
 /// Started by mpirun: every rank trains on its share; rank 0 also alone on all of it.

@@ -32,6 +32,8 @@ std::unique_ptr<Engine> make(const EncoderConfig& model, const std::string& prec
 /// Samples [first, first + count) of the batch of `step`, with lengths in [shortest, longest].
 Batch random_batch(int step, int first, int count, int shortest, int longest, int vocab_size);
 
+/// Pieces of a step that are recorded and repeated.
+void records();
 /// All benchmarks.
 void speed();
 

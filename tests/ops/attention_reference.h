@@ -33,7 +33,7 @@ struct Sample {
 
 inline Sample make_sample(std::int64_t heads, std::int64_t head_size,
                           std::vector<std::int32_t> lengths, float probability) {
-  Sample sample{{heads, head_size}, std::move(lengths), {}, {probability, 77, 3, 5}};
+  Sample sample{{heads, head_size}, std::move(lengths), {}, {probability, 77, 5}};
   for (std::size_t b = 0; b < sample.lengths.size(); ++b)
     sample.keys.push_back(static_cast<std::int32_t>(900 - 7 * b));
   return sample;

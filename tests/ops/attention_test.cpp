@@ -179,7 +179,7 @@ TEST_P(AttentionTest, RefusesWhatDoesNotFit) {
   const Tensor qkv = zeros({5, 24}, dtype()), out = zeros({5, 8}, dtype());
   const Tensor lse = zeros({5, 2}, DType::f32), keys = integers({2}, {1, 2});
   const Tensor starts = integers({3}, {0, 2, 5});
-  const Dropout off, on{0.1f, 1, 1, 1};
+  const Dropout off, on{0.1f, 1, 1};
   const auto forward = [&](const AttentionShape& s, const Tensor& x, const Tensor& sequence_starts,
                            const Tensor& sample_keys, const Dropout& dropout, const Tensor& y,
                            const Tensor& log_sum_exp) {

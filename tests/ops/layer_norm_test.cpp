@@ -57,8 +57,8 @@ class LayerNormTest : public BackendTest {
     args.gamma = random(Shape{shape[1]}, dtype());
     args.beta = random(Shape{shape[1]}, dtype());
     args.row_keys = row_keys(shape[0]);
-    args.input_dropout = {probability, 42, 3, 1};
-    args.output_dropout = {probability, 42, 3, 2};
+    args.input_dropout = {probability, 42, 1};
+    args.output_dropout = {probability, 42, 2};
     args.epsilon = 1e-3f;
     args.sum = zeros(shape, dtype());
     args.mean_rstd = zeros(Shape{shape[0], 2}, DType::f32);
