@@ -4,8 +4,9 @@
 //
 // Blocks stay on the GPU and take items (see QuantizeTable) in their order. A block that has read a
 // tile adds its smallest and largest weight to its group's; one that is to write waits until all
-// tiles of the group have been read. That ends: items of larger groups wait for earlier ones that
-// wait for nothing, and all tiles of a smaller group are held at the same time.
+// tiles of the group have been read, and loads what another one has read only then, for that may
+// have updated it. The wait ends: items of larger groups wait for earlier ones that wait for
+// nothing, and all tiles of a smaller group are held at the same time.
 #pragma once
 
 #include <algorithm>
@@ -26,12 +27,13 @@ __device__ inline void publish(GroupState& state, const QuantRange& range) {
   atomicAdd(&state.arrived, 1u);
 }
 
-/// The range of a group once all its `tiles` have arrived. All threads must call it.
-__device__ inline QuantRange await_range(const GroupState& state, std::int64_t tiles,
+/// The range of an item's group once all tiles have arrived, and with it what those who read them
+/// have written. All threads must call it.
+__device__ inline QuantRange await_range(const TileWork& work, const Item& item,
                                          BlockMemory& shared) {
   if (threadIdx.x == 0) {
-    const volatile GroupState& seen = state;
-    while (seen.arrived < tiles) __nanosleep(40);
+    const volatile GroupState& seen = work.states[item.group];
+    while (seen.arrived < item.entry.tiles_per_group) __nanosleep(40);
     __threadfence();
     const std::uint32_t lowest = 0x80000000u;
     shared.max_key = static_cast<std::int32_t>(seen.largest ^ lowest);
@@ -41,20 +43,20 @@ __device__ inline QuantRange await_range(const GroupState& state, std::int64_t t
   return {shared.min_key, shared.max_key};
 }
 
-/// What the group of a tile shares, if the item is to write it. All threads must call it.
+/// What the group of a tile shares, if the item is to write it; `range`: of the group, if the item
+/// does nothing else. All threads must call it.
 __device__ inline QuantGroup find_group(const TileWork& work, const Item& item, const Tile& tile,
-                                        BlockMemory& shared) {
+                                        QuantRange range, BlockMemory& shared) {
   const QuantSpec& spec = item.entry.range.spec;
   if (spec.bits >= kCastBits) return {};
   if (is_sign_quantized(spec.bits)) return work.sign_groups[item.group];
-  const std::int64_t tiles = item.entry.tiles_per_group;
-  QuantRange range;
   if (item.task != TileTask::write) {
+    const bool shares = item.entry.tiles_per_group > 1;
     range = block_range(range_of(item, tile), shared.warp_ranges);
-    if (tiles > 1) publish(work.states[item.group], range);
+    if (shares) publish(work.states[item.group], range);
+    if (item.task == TileTask::read) return {};
+    if (shares) range = await_range(work, item, shared);
   }
-  if (item.task == TileTask::read) return {};
-  if (tiles > 1) range = await_range(work.states[item.group], tiles, shared);
   return uniform_group(spec.bits, spec.q_type, range);
 }
 
@@ -122,9 +124,11 @@ __global__ __launch_bounds__(kQuantThreads,
     __syncthreads();
     if (shared.item[slot] >= work.item_count) return;
     const Item item(work, static_cast<std::int64_t>(shared.item[slot]));
+    QuantRange range;
+    if (item.task == TileTask::write) range = await_range(work, item, shared);
     Tile tile;
     source.load(item, tile);
-    const QuantGroup group = find_group(work, item, tile, shared);
+    const QuantGroup group = find_group(work, item, tile, range, shared);
     next = take();  // not before: nobody may have to wait for an item that waits
     if (item.task == TileTask::read || working == nullptr) continue;
     if (item.entry.range.spec.bits < kCastBits) quantize(tile, item, group, shared);

@@ -20,7 +20,7 @@ constexpr std::size_t kStackBytes = 256 * 1024;
 constexpr std::size_t kMostSharedBytes = 227 * 1024, kMostThreads = 1024;
 constexpr unsigned kMostAlongAxis = 65535;  ///< of y and z
 
-enum class Waiting { no, for_block, for_warp, for_other_blocks };
+enum class Waiting { no, for_block, for_warp, for_other_blocks, for_turn };
 
 struct Fiber {
   ucontext_t context;
@@ -98,10 +98,15 @@ bool advance(Fiber& fiber) {
   return !same;
 }
 
-/// Lets a block go on until it ends or can only wait for others; returns whether it came further.
+/// Lets a block go on until it ends, gives way or can only wait for others; returns whether it came
+/// further.
 bool advance(Block& block, std::size_t threads) {
   running_block = &block;
   block_index = block.index;
+  for (std::size_t number = 0; number < threads; ++number) {
+    Waiting& waiting = block.fibers[number].waiting;
+    if (waiting == Waiting::for_turn) waiting = Waiting::no;
+  }
   for (bool further = false;; further = true) {
     bool progress = false, waits_for_blocks = false;
     std::size_t at_barrier = 0;
@@ -110,6 +115,10 @@ bool advance(Block& block, std::size_t threads) {
       if (fiber.done) continue;
       if (fiber.waiting == Waiting::for_block) {
         ++at_barrier;
+        continue;
+      }
+      if (fiber.waiting == Waiting::for_turn) {
+        waits_for_blocks = true;
         continue;
       }
       progress = advance(fiber) || progress;
@@ -155,6 +164,11 @@ void wait_for_other_blocks() {
   yield();
 }
 
+void give_way() {
+  running->waiting = Waiting::for_turn;
+  yield();
+}
+
 std::array<std::uint64_t, 32> exchange_words(std::uint64_t word) {
   Fiber& self = *running;
   Warp& warp = running_block->warps[self.number / 32];
@@ -187,10 +201,13 @@ void run(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<vo
   body = &kernel;
   const std::uint64_t count = std::uint64_t{grid.x} * grid.y * grid.z;
   std::uint64_t started = 0;
-  for (bool alive = true; alive;) {
+  bool alive = true;
+  // In turns from the first and from the last, so that none is always ahead of another.
+  for (bool rising = true; alive; rising = !rising) {
     bool progress = false;
     alive = false;
-    for (Block& block : blocks) {
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+      Block& block = blocks[rising ? i : blocks.size() - 1 - i];
       if (block.alive > 0) progress = advance(block, threads) || progress;
       for (; block.alive == 0 && started < count; progress = true) {
         start(block, index_in_grid(started++), threads, shared_bytes);

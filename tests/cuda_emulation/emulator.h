@@ -4,8 +4,9 @@
 // reported.
 //
 // Blocks start in order, one when the last has ended. Only where a block waits for another the next
-// one starts, as long as there is room for it; blocks in flight then take turns. If all of them
-// wait, that is a deadlock too.
+// one starts, as long as there is room for it; blocks in flight then take turns. They also do when
+// they take tickets (atomicAdd of 64 bits), as each would on a GPU. If all of them wait, that is a
+// deadlock too.
 //
 // What it cannot find: races within a warp between two waits, the rounding of tensor cores and
 // fused multiply-add, limits of registers, anything about speed.
@@ -43,6 +44,8 @@ void wait_for_block();
 /// To be called again and again until another block has done what the thread waits for; between
 /// that and its next wait it must come to a barrier.
 void wait_for_other_blocks();
+/// Lets every other block in flight, and new ones for which there is room, go on first.
+void give_way();
 /// The words of all lanes of the warp, once each has brought its own.
 std::array<std::uint64_t, 32> exchange_words(std::uint64_t word);
 void* dynamic_shared_memory();

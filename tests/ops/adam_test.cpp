@@ -202,6 +202,7 @@ Published all_widths(BackendWorkbench& bench, DType dtype) {
   add(3 * 9001, {8, 3, kAsymmetric, kNearest}, 0.25f, 0);
   add(2 * 41'000, {6, 2, kSymmetric, kStochastic}, 0, 3);
   add(2 * 33'333, {8, 2}, 0, 5);
+  add(40'000, {8, 1}, 0, 0);
   add(768, {4, 8, kAsymmetric, kStochastic}, 0.5f, 0);
   add(17'000, {2, 1}, 0, 1);
   add(30'000, {32}, 0, 0);

@@ -169,6 +169,12 @@ template <typename T>
 T atomicAdd(T* address, T value) {
   return std::exchange(*address, *address + value);
 }
+/// Counters of this size hand out tickets: what one is for waits while others take theirs.
+inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
+  const unsigned long long before = std::exchange(*address, *address + value);
+  emulator::give_way();
+  return before;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
