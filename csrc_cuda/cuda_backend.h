@@ -150,6 +150,8 @@ class CudaBackend final : public Backend {
                         const UpdateLimits& limits, const Tensor& decision);
   /// The table of `ranges`, until the next call. fake_quantize.cu
   const QuantizeTable& tile_table(std::span<const TileRange> ranges);
+  /// Every row of y [R, N] (+)= x [N]. elementwise.cu
+  void add_to_rows(const Tensor& x, const Tensor& y, Accumulate accumulate);
   /// y = activation(pre_activation). elementwise.cu
   void activation_forward(Activation activation, const Tensor& pre_activation, const Tensor& y);
   /// sums [columns] f32 (+)= column sums of x [rows, columns]; not to be called with x in scratch

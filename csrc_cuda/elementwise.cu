@@ -115,6 +115,16 @@ __global__ void dropout_kernel(Dropout dropout, const std::int32_t* row_keys, co
   }
 }
 
+/// Every row of y [rows, columns] (+)= x [columns].
+template <typename T>
+__global__ void add_to_rows_kernel(const T* x, T* y, std::int64_t numel, std::int64_t columns,
+                                   Accumulate accumulate) {
+  for (std::int64_t i = grid_thread(); i < numel; i += grid_threads()) {
+    const float value = widen(x[i % columns]);
+    y[i] = narrow<T>(accumulate == Accumulate::yes ? widen(y[i]) + value : value);
+  }
+}
+
 template <typename T>
 void launch_activation(Activation activation, const Tensor& pre, const Tensor& dy,
                        const Tensor& dpre, const Tensor& y, cudaStream_t stream) {
@@ -141,6 +151,18 @@ void CudaBackend::cast(const Tensor& source, const Tensor& destination) {
     });
   });
   check_launch("cast");
+}
+
+void CudaBackend::add_to_rows(const Tensor& x, const Tensor& y, Accumulate accumulate) {
+  const std::int64_t numel = y.numel();
+  if (numel == 0) return;
+  const cudaStream_t stream = this->stream();
+  visit_dtype(y.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    add_to_rows_kernel<T><<<blocks_for(numel), kBlockThreads, 0, stream>>>(
+        device_data<const T>(x), device_data<T>(y), numel, x.numel(), accumulate);
+  });
+  check_launch("linear_forward");
 }
 
 void CudaBackend::activation_forward(Activation activation, const Tensor& pre_activation,

@@ -1,6 +1,8 @@
-// Linear layers. The bias is added in the epilogue of the product. Activations are not: cuBLASLt
-// has the tanh form of GELU only, and applies it to the sum before it is rounded, whereas the
-// contract wants the activation of the pre-activation as stored.
+// Linear layers. The bias is added in the epilogue of the product where that is possible.
+// Activations are not: cuBLASLt has the tanh form of GELU only, and applies it to the sum before it
+// is rounded, whereas the contract wants the activation of the pre-activation as stored.
+#include <algorithm>
+
 #include "core/operation_checks.h"
 #include "csrc_cuda/cuda_backend.h"
 #include "csrc_cuda/matmul_plans.h"
@@ -19,15 +21,28 @@ MatmulSpec forward_spec(const Tensor& x, const Tensor& weight, Accumulate accumu
           .result_dtype = x.dtype};
 }
 
+/// Whether the product may add the bias. cuBLASLt chooses algorithms that read 16 bytes of it at
+/// once, whatever its address, and may have none if a size is 1.
+bool fits_epilogue(const MatmulSpec& spec, const void* bias) {
+  return reinterpret_cast<std::uintptr_t>(bias) % 16 == 0 &&
+         std::min({spec.rows, spec.columns, spec.depth}) > 1;
+}
+
 }  // namespace
 
 void CudaBackend::linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                  const Tensor& y, Accumulate accumulate) {
   check_linear("linear_forward", x, weight, bias, y);
   if (x.shape[0] == 0) return;
-  matmul_->multiply(forward_spec(x, weight, accumulate),
-                    {device_data<void>(x), device_data<void>(weight), device_data<void>(bias),
-                     device_data<void>(y)},
+  MatmulSpec spec = forward_spec(x, weight, accumulate);
+  const void* added = device_data<void>(bias);
+  if (added != nullptr && !fits_epilogue(spec, added)) {
+    add_to_rows(bias, y, accumulate);
+    spec.accumulate = Accumulate::yes;
+    added = nullptr;
+  }
+  matmul_->multiply(spec,
+                    {device_data<void>(x), device_data<void>(weight), added, device_data<void>(y)},
                     scratch(MatmulPlans::kWorkspaceBytes), stream());
 }
 

@@ -76,6 +76,10 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t description
   const Matrix a{const_cast<void*>(a_data), *a_layout, description->operation[0]};
   const Matrix b{const_cast<void*>(b_data), *b_layout, description->operation[1]};
   const Matrix d{d_data, *d_layout};
+  // The preferences say nothing about the bias, so algorithms expect it where cudaMalloc would be.
+  emulator::check(description->epilogue != CUBLASLT_EPILOGUE_BIAS ||
+                      reinterpret_cast<std::uintptr_t>(description->bias) % 16 == 0,
+                  "cublasLtMatmul: address of the bias");
   if (a.rows() != d.rows() || b.columns() != d.columns() || a.columns() != b.rows())
     return CUBLAS_STATUS_NOT_SUPPORTED;
   const Product product{a,

@@ -78,6 +78,16 @@ TEST_P(LinearTest, ForwardAccumulates) {
   }
 }
 
+TEST_P(LinearTest, TakesABiasFromAnyAddress) {
+  const Tensor x = random(Shape{6, 9}, dtype()), weight = random(Shape{8, 9}, dtype(), 1.0 / 3);
+  const Tensor biases = random(Shape{11}, dtype()), y = zeros(Shape{6, 8}, dtype());
+  for (const std::int64_t begin : {0, 1, 2, 3}) {
+    const Tensor bias = biases.flat_slice(begin, 8);
+    backend().linear_forward(x, weight, bias, y, Accumulate::no);
+    EXPECT_TRUE(close(y, forward_reference(x, weight, bias), tolerance())) << begin;
+  }
+}
+
 TEST_P(LinearTest, ActivationFollowsTheStoredPreActivation) {
   for (const Sizes& s : kSizes) {
     const Tensor x = random(Shape{s.rows, s.k}, dtype());

@@ -88,15 +88,16 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPrefere
                                                            const void*, std::size_t) {
   return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t,
-                                                     cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
-                                                     cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
-                                                     cublasLtMatmulPreference_t, int,
-                                                     cublasLtMatmulHeuristicResult_t* result,
-                                                     int* found) {
+/// None with a bias if a size is 1, as some releases have it.
+inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
+    cublasLtHandle_t, cublasLtMatmulDesc_t description, cublasLtMatrixLayout_t a,
+    cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+    cublasLtMatmulPreference_t, int, cublasLtMatmulHeuristicResult_t* result, int* found) {
+  const bool vector = a->rows == 1 || a->columns == 1 || b->rows == 1 || b->columns == 1;
+  const bool known = !vector || description->epilogue != CUBLASLT_EPILOGUE_BIAS;
   result->state = CUBLAS_STATUS_SUCCESS;
-  *found = 1;
-  return CUBLAS_STATUS_SUCCESS;
+  *found = known ? 1 : 0;
+  return known ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
 }
 cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t description,
                                               cublasLtMatmulDescAttributes_t attribute,
