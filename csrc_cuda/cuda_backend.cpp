@@ -83,11 +83,11 @@ void CudaBackend::copy(const Tensor& source, const Tensor& destination) {
   if (source.device == Device::cpu && source.bytes() <= PinnedStaging::kMostBytes) {
     return staging_.copy(source.data, destination.data, source.bytes(), stream);
   }
-  // From pageable host memory the call returns when the source has been read.
-  cuda_check(cudaMemcpyAsync(destination.data, source.data, source.bytes(),
-                             copy_kind(source.device, destination.device), stream),
+  const cudaMemcpyKind kind = copy_kind(source.device, destination.device);
+  cuda_check(cudaMemcpyAsync(destination.data, source.data, source.bytes(), kind, stream),
              "cudaMemcpyAsync");
-  if (destination.device == Device::cpu)
+  // The source, too, may change at once: a GPU that reads pageable memory itself need not have yet.
+  if (kind != cudaMemcpyDeviceToDevice)
     cuda_check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
 }
 
