@@ -1,5 +1,5 @@
-// Attention on packed sequences: tensor cores (attention_tiles*.cuh) where dtype and head size
-// allow, a warp per row (attention_rows.cuh) otherwise.
+// Attention on packed sequences: tensor cores (attention_tiles*.cuh) where dtype, head size and
+// shared memory allow, a warp per row (attention_rows.cuh) otherwise.
 #include <type_traits>
 
 #include "core/checks.h"
@@ -44,23 +44,27 @@ void tiles_backward(const AttentionProblem& problem, const AttentionBackward<T>&
 /// Below this head size, tensor cores would multiply zeros for the most part.
 constexpr std::int64_t kSmallestTile = 16;
 
-/// Calls `tiles` with the depth that holds head_size, or `rows` where tensor cores do not fit.
+/// Calls `tiles` with the depth that holds head_size, or `rows` where tensor cores do not fit. A
+/// block may have `most_shared_bytes`: not every GPU gives it enough for the greatest depth.
 template <typename T, typename Tiles, typename Rows>
-void choose(const AttentionProblem& problem, const Tiles& tiles, const Rows& rows) {
+void choose(const AttentionProblem& problem, int most_shared_bytes, const Tiles& tiles,
+            const Rows& rows) {
   if constexpr (!std::is_same_v<T, float>) {
     if (problem.head_size < kSmallestTile) return rows();
     if (problem.head_size <= 32) return tiles(std::integral_constant<int, 32>{});
     if (problem.head_size <= 64) return tiles(std::integral_constant<int, 64>{});
-    if (problem.head_size <= 128) return tiles(std::integral_constant<int, 128>{});
+    if (problem.head_size <= 128 && attention_tiles::kBackwardBytes<T, 128> <= most_shared_bytes)
+      return tiles(std::integral_constant<int, 128>{});
   }
   rows();
 }
 
 template <typename T>
-void forward(const AttentionProblem& problem, const AttentionForward<T>& data,
-             cudaStream_t stream) {
+void forward(const AttentionProblem& problem, int most_shared_bytes,
+             const AttentionForward<T>& data, cudaStream_t stream) {
   choose<T>(
-      problem, [&](auto depth) { tiles_forward<T, decltype(depth)::value>(problem, data, stream); },
+      problem, most_shared_bytes,
+      [&](auto depth) { tiles_forward<T, decltype(depth)::value>(problem, data, stream); },
       [&] {
         run(rows_launch("attention_forward", problem,
                         attention_rows::WarpMemory<>::floats(problem.head_size), stream),
@@ -69,13 +73,13 @@ void forward(const AttentionProblem& problem, const AttentionForward<T>& data,
 }
 
 template <typename T>
-void backward(const AttentionProblem& problem, const T* out, float* delta,
+void backward(const AttentionProblem& problem, int most_shared_bytes, const T* out, float* delta,
               const AttentionBackward<T>& data, cudaStream_t stream) {
   namespace rows = attention_rows;
   const Launch per_token = tokens_launch("attention_backward", problem, stream);
   run(per_token, rows::delta_kernel<T>, problem, data.dout, out, delta);
   choose<T>(
-      problem,
+      problem, most_shared_bytes,
       [&](auto depth) { tiles_backward<T, decltype(depth)::value>(problem, data, stream); },
       [&] {
         const Launch launch =
@@ -99,7 +103,7 @@ void CudaBackend::attention_forward(const AttentionShape& shape, const Tensor& q
   if (problem.tokens == 0) return;
   visit_dtype(qkv.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    forward<T>(problem,
+    forward<T>(problem, most_shared_bytes(device_index()),
                {device_data<const T>(qkv), device_data<T>(out), device_data<float>(log_sum_exp)},
                stream());
   });
@@ -120,7 +124,7 @@ void CudaBackend::attention_backward(const AttentionShape& shape, const Tensor& 
   auto* const delta = static_cast<float*>(scratch(log_sum_exp.bytes()));
   visit_dtype(qkv.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    backward<T>(problem, device_data<const T>(out), delta,
+    backward<T>(problem, most_shared_bytes(device_index()), device_data<const T>(out), delta,
                 {device_data<const T>(qkv), device_data<const T>(dout),
                  device_data<const float>(log_sum_exp), delta, device_data<T>(dqkv)},
                 stream());

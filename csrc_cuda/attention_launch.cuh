@@ -21,6 +21,14 @@ struct Launch {
   cudaStream_t stream;
 };
 
+/// What a block gets on this GPU if it asks.
+inline int most_shared_bytes(int device_index) {
+  int bytes = 0;
+  cuda_check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_index),
+             "cudaDeviceGetAttribute");
+  return bytes;
+}
+
 template <typename... Arguments>
 void run(const Launch& launch, void (*kernel)(Arguments...), Arguments... arguments) {
   if (launch.shared_bytes > static_cast<std::size_t>(kSharedBytes)) {

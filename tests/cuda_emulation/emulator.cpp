@@ -17,7 +17,7 @@ Index thread_index, block_index, block_size, grid_size;
 namespace {
 
 constexpr std::size_t kStackBytes = 256 * 1024;
-constexpr std::size_t kMostSharedBytes = 227 * 1024, kMostThreads = 1024;
+constexpr std::size_t kMostThreads = 1024;
 constexpr unsigned kMostAlongAxis = 65535;  ///< of y and z
 
 enum class Waiting { no, for_block, for_warp, for_other_blocks, for_turn };

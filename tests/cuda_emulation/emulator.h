@@ -33,6 +33,7 @@ struct Index {
 };
 /// The emulated GPU, which has room for few blocks, so that tests come to its limits.
 inline constexpr int kProcessors = 4, kBlocksPerProcessor = 2;
+inline constexpr int kMostSharedBytes = 227 * 1024;  ///< of a block
 
 extern Index thread_index, block_index, block_size, grid_size;
 
