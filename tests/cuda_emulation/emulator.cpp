@@ -245,6 +245,7 @@ cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
 }
 
 cudaError_t cudaFree(void* memory) {
+  emulator::check_not_recording("cudaFree");
   const auto found = mappings.find(memory);
   if (found == mappings.end()) return cudaSuccess;
   munmap(found->second.first, found->second.second);

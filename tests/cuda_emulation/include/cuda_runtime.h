@@ -78,12 +78,22 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   delete stream;
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+/// Streams are worked off at once, so nothing has to wait. But no call may wait, or bring in
+/// another stream, while one is recorded.
+inline cudaError_t emulated_wait(const char* call) {
+  emulator::check_not_recording(call);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return emulated_wait("cudaStreamSynchronize");
+}
 inline cudaError_t cudaMallocHost(void** memory, std::size_t bytes) {
+  emulated_wait("cudaMallocHost");
   *memory = std::malloc(bytes);
   return *memory == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
 }
 inline cudaError_t cudaFreeHost(void* memory) {
+  emulated_wait("cudaFreeHost");
   std::free(memory);
   return cudaSuccess;
 }
@@ -91,9 +101,15 @@ inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   *event = new CUevent_st;
   return cudaSuccess;
 }
-inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
-inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) {
+  return emulated_wait("cudaEventRecord");
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
+  return emulated_wait("cudaStreamWaitEvent");
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t) {
+  return emulated_wait("cudaEventSynchronize");
+}
 inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
   delete event;
   return cudaSuccess;
