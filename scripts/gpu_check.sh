@@ -44,7 +44,8 @@ find_file() { find "$build" -name "$1" -type f -print -quit; }
 library=$(find_file libbitfall_cuda.so)
 [[ -n $library ]] || library=$(find python/bitfall -name libbitfall_cuda.so 2>/dev/null | head -n 1)
 [[ -n $library ]] || fail "no libbitfall_cuda.so in $build: configure with -DBITFALL_CUDA=ON"
-tests=(activation adam attention decide_update elementwise embedding fake_quantize layer_norm linear loss vector)
+tests=(activation adam attention attention_tangent decide_update elementwise embedding fake_quantize layer_norm
+  layer_norm_tangent linear loss vector)
 for name in "${tests[@]/%/_test}" gpu_check; do
   [[ -n $(find_file "$name") ]] || fail "no $name in $build: build with -DBITFALL_BUILD_TESTS=ON"
 done
@@ -108,7 +109,7 @@ done
 
 sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer || true)
 for tool in memcheck initcheck racecheck; do
-  for name in fake_quantize attention layer_norm embedding; do
+  for name in adam fake_quantize attention attention_tangent layer_norm embedding; do
     if [[ -z $sanitizer ]]; then
       record "${tool}_$name" skipped 0 "no compute-sanitizer"
     else
