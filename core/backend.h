@@ -169,9 +169,6 @@ class Backend {
   /// For operations of this backend, which must outlive it.
   virtual std::unique_ptr<Recorder> make_recorder() { return std::make_unique<Recorder>(); }
   virtual void fill_zero(const Tensor& destination) = 0;
-  /// fill_zero of memory from allocate() that is written again late or in part: until then a device
-  /// may give it back to the system.
-  virtual void forget(const Tensor& tensor) = 0;
   /// destination = source converted (round to nearest even), any pair of floating dtypes, same
   /// size.
   virtual void cast(const Tensor& source, const Tensor& destination) = 0;

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -14,6 +15,7 @@ namespace {
 
 constexpr std::size_t kAlignment = 64;
 constexpr std::size_t kLeastGivenBack = std::size_t{1} << 20;  ///< bytes; less is not worth a call
+constexpr std::size_t kZeroedAtOnce = 4096;                    ///< bytes: a page
 
 std::size_t free_bytes() {
   const long pages = sysconf(_SC_AVPHYS_PAGES);
@@ -35,6 +37,20 @@ void zero_by_pages(void* memory, std::size_t bytes) {
   }
   std::memset(memory, 0, first - begin);
   std::memset(reinterpret_cast<void*>(last), 0, end - last);
+}
+
+bool is_zero(const std::byte* memory, std::size_t bytes) {
+  // Equal to itself one byte further on: all bytes are the first.
+  return memory[0] == std::byte{0} && std::memcmp(memory, memory + 1, bytes - 1) == 0;
+}
+
+/// Leaves zeros alone, so that memory that nobody has ever written stays with the system: most rows
+/// of an embedding's gradient are such.
+void zero_what_is_not(std::byte* memory, std::size_t bytes) {
+  for (std::size_t begin = 0; begin < bytes; begin += kZeroedAtOnce) {
+    const std::size_t count = std::min(kZeroedAtOnce, bytes - begin);
+    if (!is_zero(memory + begin, count)) std::memset(memory + begin, 0, count);
+  }
 }
 
 }  // namespace
@@ -65,11 +81,7 @@ void CpuBackend::copy(const Tensor& source, const Tensor& destination) {
 }
 
 void CpuBackend::fill_zero(const Tensor& destination) {
-  if (destination.bytes() > 0) std::memset(destination.data, 0, destination.bytes());
-}
-
-void CpuBackend::forget(const Tensor& tensor) {
-  if (tensor.bytes() > 0) zero_by_pages(tensor.data, tensor.bytes());
+  zero_what_is_not(static_cast<std::byte*>(destination.data), destination.bytes());
 }
 
 void* CpuBackend::scratch(std::size_t bytes) {

@@ -37,7 +37,6 @@ class CpuBackend final : public Backend {
   void copy(const Tensor& source, const Tensor& destination) override;
   void synchronize() override {}
   void fill_zero(const Tensor& destination) override;
-  void forget(const Tensor& tensor) override;
 
   // matmul.cpp
   void linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& y,

@@ -33,7 +33,6 @@ class CudaBackend final : public Backend {
   void synchronize() override;
   std::unique_ptr<Recorder> make_recorder() override;
   void fill_zero(const Tensor& destination) override;
-  void forget(const Tensor& tensor) override { fill_zero(tensor); }
 
   // matmul.cpp
   void linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& y,

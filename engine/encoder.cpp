@@ -277,7 +277,7 @@ void Encoder::embeddings_backward(Accumulate accumulate) {
   const EmbeddingTables& tables = embedding_gradients_.tables;
   if (accumulate == Accumulate::no) {
     for (const Tensor& table : {tables.word, tables.position, tables.token_type}) {
-      backend_.forget(table);  // most words are in no batch
+      backend_.fill_zero(table);
     }
   }
   backend_.embedding_backward(device_batch_.ids, scratch_.d_hidden, tables);

@@ -97,9 +97,6 @@ class Updater {
   void start_reduction(int block, Accumulate accumulate = Accumulate::no) {
     reducer_.start(block, accumulate);
   }
-  /// The gradients are not needed any more: where only sums are reduced, gradient_views() become
-  /// zeros, and take no memory until they are written.
-  void forget_gradients() { backend_.forget(store_.gradient()); }
   /// All calls of start_reduction() for a rank that has no sample of a micro-batch: zeros.
   void contribute_nothing(Accumulate accumulate);
 

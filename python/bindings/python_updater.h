@@ -35,6 +35,10 @@ class PythonUpdater {
 
   pybind11::dict step(const std::vector<pybind11::dict>& groups,
                       const pybind11::object& make_hessian, const pybind11::object& update_masters);
+  /// Zeros the gradient of parameter `index`, of which zeros need no memory.
+  void zero_gradient(std::size_t index) {
+    backend_->fill_zero(updater_.gradient_views().at(index));
+  }
   /// States and steps of each width under factor 1, and 5 for blocks if eigenvalues decide.
   pybind11::list plan() const;
 

@@ -97,7 +97,7 @@ void bind_updater(py::module_& module) {
            py::arg("block_names"), py::arg("device"), py::arg("fill"), py::keep_alive<1, 4>())
       .def("working", &working)
       .def("gradients", &gradients)
-      .def("forget_gradients", of_updater(&Updater::forget_gradients))
+      .def("zero_gradient", &PythonUpdater::zero_gradient, py::arg("index"))
       .def("owned", &owned)
       .def("moments", &moments)
       .def("block_offsets", &block_offsets)

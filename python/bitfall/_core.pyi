@@ -217,8 +217,8 @@ class Updater:
         """A capsule per parameter, compute dtype: the weights of forward passes."""
     def gradients(self) -> list[Any]:
         """A capsule per parameter, f32. At ZeRO stage 2 blocks share memory."""
-    def forget_gradients(self) -> None:
-        """Zeros all gradients (but those of blocks that share memory), which take none until they are written."""
+    def zero_gradient(self, index: int) -> None:
+        """Zeros the gradient of a parameter; memory of zeros that were never written stays with the system."""
     def owned(self) -> list[tuple[int, Any, Any]]:
         """(index, f32 master, gradient) of what this rank updates: whole parameters, or flat parts of them."""
     def moments(self) -> list[tuple[Any, Any]]:

@@ -30,8 +30,6 @@ class Owner:
             view.copy_(entry.parameter.data)
             entry.parameter.data = view
         self.slices = self.memory(share, torch.float32)
-        if not share:
-            self.forget_gradients()
         self.order: list[int] = []
         self.reduced: dict[str, Any] = {}
         self.gradients = NativeGradients(
@@ -39,7 +37,7 @@ class Owner:
             self.trained,
             self.slices,
             self.start_reduction,
-            self.forget_gradients,
+            lambda index: self.slices[index].zero_(),
             overlap=overlap,
             every_backward=share,
         )
@@ -59,10 +57,6 @@ class Owner:
             ends[region] = begin + entry.parameter.numel()
             views.append(flat[begin : ends[region]].view(entry.parameter.shape))
         return views
-
-    def forget_gradients(self) -> None:
-        for view in self.slices:
-            view.zero_()
 
     def start_reduction(self, block: int, accumulate: bool) -> None:
         self.order.append(block)

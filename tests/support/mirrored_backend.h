@@ -35,9 +35,6 @@ class MirroredBackend final : public Backend {
   void fill_zero(const Tensor& destination) override {
     run([&](auto& on) { device_->fill_zero(on(destination)); });
   }
-  void forget(const Tensor& tensor) override {
-    run([&](auto& on) { device_->forget(on(tensor)); });
-  }
   void cast(const Tensor& source, const Tensor& destination) override {
     run([&](auto& on) { device_->cast(on(source), on(destination)); });
   }

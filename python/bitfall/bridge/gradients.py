@@ -49,19 +49,18 @@ class Gradients:
         trained: Sequence[Trained],
         slices: Sequence[torch.Tensor],
         start_reduction: Callable[[int, bool], None],
-        forget_gradients: Callable[[], None],
+        zero_gradient: Callable[[int], None],
         overlap: bool,
         every_backward: bool,
     ) -> None:
         """`start_reduction(block, accumulate)` is called once per block and step, from the last
         block to NO_BLOCK, in `overlap` already during the backward pass that closes an
         accumulation; with `every_backward` in each, to `accumulate` after the first.
-        `forget_gradients()` makes all slices zeros, which they are at first, unless blocks share
-        their memory."""
+        `zero_gradient(index)` zeros a slice, and writes nothing where it is zero."""
         self._trained = trained
         self._slices = slices
         self._start_reduction = start_reduction
-        self._forget_gradients = forget_gradients
+        self._zero_gradient = zero_gradient
         self._overlap = overlap
         self._every_backward = every_backward
         self._waiting: dict[int, torch.Tensor] = {}
@@ -102,16 +101,16 @@ class Gradients:
             self._passes += 1
 
     def finish(self) -> None:
-        """All gradients are in, and every reduction has begun."""
+        """All gradients are in: zeros where none came, and every reduction has begun."""
         for index, entry in enumerate(self._trained):
             self._check_in_place(index, entry)
+            if not self._filled[index] and not self._every_backward:
+                self._zero_gradient(index)
         if not self._every_backward:
             self._reduce_rest()
 
     def clear(self) -> None:
         """Forgets all gradients."""
-        if self.any_filled:
-            self._forget_gradients()
         for index, entry in enumerate(self._trained):
             entry.parameter.grad = None
             self._filled[index] = False
@@ -162,7 +161,7 @@ class Gradients:
             self._waiting[index] = gradient if earlier is None else earlier.float() + gradient
             self._filled[index] = True
         elif not self._filled[index]:
-            self._fill(entry, target, gradient)
+            self._fill(index, gradient)
             self._filled[index] = True
         elif not stays:
             target.add_(gradient)
@@ -171,13 +170,15 @@ class Gradients:
         parameter.grad = target if stays else None
         self._arrived(index, entry.block)
 
-    def _fill(self, entry: Trained, target: torch.Tensor, gradient: torch.Tensor) -> None:
-        """target = gradient; what stays zero, as most rows of an embedding, takes no memory."""
-        spares_memory = entry.is_embedding and not self._every_backward
+    def _fill(self, index: int, gradient: torch.Tensor) -> None:
+        """The slice = gradient; what stays zero, as most rows of an embedding, takes no memory."""
+        target = self._slices[index]
+        spares_memory = self._trained[index].is_embedding and not self._every_backward
         if not spares_memory or target.device.type != "cpu" or gradient.dtype not in BITS:
             target.copy_(gradient)
             return
         bits = gradient.contiguous().view(BITS[gradient.dtype])
+        self._zero_gradient(index)
         used = torch.nonzero(bits.amin(1) | bits.amax(1)).flatten()
         target[used] = gradient[used].to(target.dtype)
 

@@ -213,7 +213,7 @@ class _Builder:
         slices = [torch.from_dlpack(capsule) for capsule in updater.gradients()]
         options: dict[str, Any] = {
             "start_reduction": updater.start_reduction,
-            "forget_gradients": updater.forget_gradients,
+            "zero_gradient": updater.zero_gradient,
             "overlap": self.engine.communicator.world_size > 1,
             "every_backward": updater.reduces_every_micro_batch,
         }

@@ -32,7 +32,12 @@ class NativeGradients(Gradients, GradientSink):
             raise UsageError(OUTSIDE_OF_BACKWARD.format(name=name))
         if self._next_reduction > 0:
             raise UsageError(SECOND_PASS)
-        return not self._every_backward and any(self._filled[index] for index in self._native)
+        if self._every_backward or not any(self._filled[index] for index in self._native):
+            return False
+        for index in self._native:
+            if not self._filled[index]:
+                self._slices[index].zero_()
+        return True
 
     def complete(self, block: int) -> None:
         """The slices of `block` hold this pass's gradients."""
