@@ -1,7 +1,6 @@
 #include "csrc_cpu/cpu_backend.h"
 
 #include <omp.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -14,29 +13,13 @@ namespace bitfall {
 namespace {
 
 constexpr std::size_t kAlignment = 64;
-constexpr std::size_t kLeastGivenBack = std::size_t{1} << 20;  ///< bytes; less is not worth a call
-constexpr std::size_t kZeroedAtOnce = 4096;                    ///< bytes: a page
+constexpr std::size_t kZeroedAtOnce = 4096;  ///< bytes: a page
 
 std::size_t free_bytes() {
   const long pages = sysconf(_SC_AVPHYS_PAGES);
   return pages < 0
              ? 0
              : static_cast<std::size_t>(pages) * static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-}
-
-/// Zeros private memory by giving its whole pages back: the system brings them again, zeroed, one
-/// by one as they are written.
-void zero_by_pages(void* memory, std::size_t bytes) {
-  const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-  const auto begin = reinterpret_cast<std::uintptr_t>(memory), end = begin + bytes;
-  const std::uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
-  if (bytes < kLeastGivenBack ||
-      madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED) != 0) {
-    std::memset(memory, 0, bytes);
-    return;
-  }
-  std::memset(memory, 0, first - begin);
-  std::memset(reinterpret_cast<void*>(last), 0, end - last);
 }
 
 bool is_zero(const std::byte* memory, std::size_t bytes) {
@@ -68,7 +51,7 @@ Buffer CpuBackend::allocate(std::size_t bytes) {
   check<BackendError>(memory != nullptr || bytes == 0, "allocation of ", bytes,
                       " bytes failed, about ", free_bytes(),
                       " bytes are free: use a smaller micro-batch");
-  if (memory != nullptr) zero_by_pages(memory, rounded);
+  if (memory != nullptr) zero_what_is_not(static_cast<std::byte*>(memory), rounded);
   return {std::shared_ptr<void>(memory, [](void* owned) { std::free(owned); }), bytes, Device::cpu};
 }
 
