@@ -1,4 +1,5 @@
 #include "core/operation_checks.h"
+#include "csrc_cuda/approximate.cuh"
 #include "csrc_cuda/cuda_backend.h"
 #include "csrc_cuda/element.cuh"
 
@@ -11,78 +12,119 @@ __global__ void cast_kernel(const From* source, To* destination, std::int64_t nu
     store_eight(destination, i, 0, numel, load_eight(source, i, 0, numel));
 }
 
-/// Value, first and second derivative of an activation function.
+/// Value, first and second derivative of an activation function; kernels that need fewer of them
+/// compute fewer.
 struct Activated {
   float value, slope, curvature;
 };
 
-__device__ Activated gelu(float x) {
-  const float cdf = normcdff(x);
-  const float pdf = 0.39894228f * expf(-0.5f * x * x);
-  const float weighted = x * pdf;  // first, for the square of x may overflow
-  return {x * cdf, cdf + weighted, 2.0f * pdf - x * weighted};
-}
+constexpr float kLog2E = 1.44269504f;
+
+/// With the distribution of the standard normal as the CPU has it (csrc_cpu/kernels/vector.h):
+/// Abramowitz & Stegun 7.1.26. Absolute error of the distribution, approximations included, below
+/// 8e-7.
+struct Gelu {
+  __device__ static Activated evaluate(float x) {
+    const float t = reciprocal_approximate(1.0f + fabsf(x) * (0.3275911f * 0.70710678f));
+    float p = t * (0.5f * 1.061405429f) + 0.5f * -1.453152027f;
+    p = p * t + 0.5f * 1.421413741f;
+    p = p * t + 0.5f * -0.284496736f;
+    p = p * t + 0.5f * 0.254829592f;
+    const float e = exp2_approximate(x * x * (-0.5f * kLog2E));
+    const float tail = p * t * e;
+    const float cdf = x < 0.0f ? tail : 1.0f - tail;
+    const float pdf = 0.39894228f * e;
+    const float weighted = x * pdf;  // first, for the square of x may overflow
+    return {x * cdf, cdf + weighted, 2.0f * pdf - x * weighted};
+  }
+};
 
 /// 0.5 (1 + tanh(u)) = 1 / (1 + e^(-2 u)), which does not cancel where u is negative.
-__device__ Activated gelu_tanh(float x) {
-  constexpr float kScale = 2 * 0.79788456f;  // 2 sqrt(2 / pi)
-  const float square = x * x;
-  const float twice_u = kScale * x * (1.0f + 0.044715f * square);
-  const float e = expf(-fabsf(twice_u));
-  const float inverse = 1.0f / (1.0f + e);
-  const float gate = twice_u < 0.0f ? e * inverse : inverse;
-  // Far outside, the slope of u is infinite where e is zero.
-  if (e == 0.0f) return {x * gate, gate, 0.0f};
-  const float gate_slope = e * inverse * inverse;
-  const float twice_u_slope = kScale * (1.0f + 3.0f * 0.044715f * square);
-  const float twice_u_curvature = kScale * (6.0f * 0.044715f) * x;
-  const float gate_change = gate_slope * twice_u_slope;
-  const float gate_curvature =
-      gate_change * twice_u_slope * (1.0f - 2.0f * gate) + gate_slope * twice_u_curvature;
-  return {x * gate, gate + x * gate_slope * twice_u_slope, 2.0f * gate_change + x * gate_curvature};
-}
-
-__device__ Activated activate(Activation activation, float x) {
-  switch (activation) {
-    case Activation::gelu:
-      return gelu(x);
-    case Activation::gelu_tanh:
-      return gelu_tanh(x);
-    case Activation::relu:
-      // x is on the side that keeps a NaN.
-      return {x < 0.0f ? 0.0f : x, x > 0.0f ? 1.0f : 0.0f, 0.0f};
-    case Activation::tanh:
-      break;
+struct GeluTanh {
+  __device__ static Activated evaluate(float x) {
+    constexpr float kScale = 2 * 0.79788456f;  // 2 sqrt(2 / pi)
+    const float square = x * x;
+    const float exponent = kScale * kLog2E * x * (1.0f + 0.044715f * square);  // 2 u / ln 2
+    const float e = exp2_approximate(-fabsf(exponent));
+    const float inverse = reciprocal_approximate(1.0f + e);
+    const float gate = x < 0.0f ? e * inverse : inverse;
+    const float gate_slope = e * inverse * inverse;
+    const float twice_u_slope = kScale * (1.0f + 3.0f * 0.044715f * square);
+    const float twice_u_curvature = kScale * (6.0f * 0.044715f) * x;
+    const float gate_change = gate_slope * twice_u_slope;
+    const float gate_curvature =
+        gate_change * twice_u_slope * (1.0f - 2.0f * gate) + gate_slope * twice_u_curvature;
+    // Far outside, the slope of u is infinite where e is zero.
+    return {x * gate, e == 0.0f ? gate : gate + x * gate_change,
+            e == 0.0f ? 0.0f : 2.0f * gate_change + x * gate_curvature};
   }
-  const float t = tanhf(x);
-  const float slope = 1.0f - t * t;
-  return {t, slope, -2.0f * t * slope};
+};
+
+struct Relu {
+  __device__ static Activated evaluate(float x) {
+    // x is on the side that keeps a NaN.
+    return {x < 0.0f ? 0.0f : x, x > 0.0f ? 1.0f : 0.0f, 0.0f};
+  }
+};
+
+struct Tanh {
+  __device__ static Activated evaluate(float x) {
+    const float t = tanhf(x);
+    const float slope = 1.0f - t * t;
+    return {t, slope, -2.0f * t * slope};
+  }
+};
+
+/// Calls `visitor(TypeTag<T>{}, Function{})` with the type of `dtype` and the struct of
+/// `activation`.
+template <typename Visitor>
+void visit_activation(DType dtype, Activation activation, Visitor&& visitor) {
+  visit_dtype(dtype, [&](auto tag) {
+    switch (activation) {
+      case Activation::gelu:
+        return visitor(tag, Gelu{});
+      case Activation::gelu_tanh:
+        return visitor(tag, GeluTanh{});
+      case Activation::relu:
+        return visitor(tag, Relu{});
+      case Activation::tanh:
+        return visitor(tag, Tanh{});
+    }
+  });
 }
 
-/// y = activation(pre) and dpre = dy * activation'(pre), each where its pointer is not null.
-template <typename T>
-__global__ void activation_kernel(Activation activation, const T* pre, const T* dy, T* dpre, T* y,
-                                  std::int64_t numel) {
+/// y = activation(pre).
+template <typename T, typename Function>
+__global__ void activation_kernel(const T* pre, T* y, std::int64_t numel) {
   for (std::int64_t i = 8 * grid_thread(); i < numel; i += 8 * grid_threads()) {
-    const Eight x = load_eight(pre, i, 0, numel);
-    Eight gradient{};
-    if (dpre != nullptr) gradient = load_eight(dy, i, 0, numel);
-    Eight value;
+    Eight values = load_eight(pre, i, 0, numel);
+#pragma unroll
+    for (float& value : values.value) value = Function::evaluate(value).value;
+    store_eight(y, i, 0, numel, values);
+  }
+}
+
+/// dpre = dy * activation'(pre) and, unless y is null, y = activation(pre).
+template <typename T, typename Function>
+__global__ void activation_backward_kernel(const T* pre, const T* dy, T* dpre, T* y,
+                                           std::int64_t numel) {
+  for (std::int64_t i = 8 * grid_thread(); i < numel; i += 8 * grid_threads()) {
+    Eight values = load_eight(pre, i, 0, numel), gradient = load_eight(dy, i, 0, numel);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const Activated activated = activate(activation, x.value[j]);
-      value.value[j] = activated.value;
+      const Activated activated = Function::evaluate(values.value[j]);
+      values.value[j] = activated.value;
       gradient.value[j] *= activated.slope;
     }
-    if (dpre != nullptr) store_eight(dpre, i, 0, numel, gradient);
-    if (y != nullptr) store_eight(y, i, 0, numel, value);
+    store_eight(dpre, i, 0, numel, gradient);
+    if (y != nullptr) store_eight(y, i, 0, numel, values);
   }
 }
 
 /// dpre_tangent = activation'(pre) dy_tangent + activation''(pre) pre_tangent dy.
-template <typename T>
-__global__ void activation_tangent_kernel(Activation activation, const T* pre, const T* pre_tangent,
-                                          const T* dy, const T* dy_tangent, T* dpre_tangent,
+template <typename T, typename Function>
+__global__ void activation_tangent_kernel(const T* pre, const T* pre_tangent, const T* dy,
+                                          const T* dy_tangent, T* dpre_tangent,
                                           std::int64_t numel) {
   for (std::int64_t i = 8 * grid_thread(); i < numel; i += 8 * grid_threads()) {
     const Eight x = load_eight(pre, i, 0, numel), x_tangent = load_eight(pre_tangent, i, 0, numel);
@@ -90,7 +132,7 @@ __global__ void activation_tangent_kernel(Activation activation, const T* pre, c
     Eight result = load_eight(dy_tangent, i, 0, numel);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const Activated activated = activate(activation, x.value[j]);
+      const Activated activated = Function::evaluate(x.value[j]);
       result.value[j] = result.value[j] * activated.slope +
                         gradient.value[j] * (activated.curvature * x_tangent.value[j]);
     }
@@ -125,16 +167,6 @@ __global__ void add_to_rows_kernel(const T* x, T* y, std::int64_t numel, std::in
   }
 }
 
-template <typename T>
-void launch_activation(Activation activation, const Tensor& pre, const Tensor& dy,
-                       const Tensor& dpre, const Tensor& y, cudaStream_t stream) {
-  const std::int64_t numel = pre.numel();
-  activation_kernel<T><<<blocks_for((numel + 7) / 8), kBlockThreads, 0, stream>>>(
-      activation, device_data<const T>(pre), device_data<const T>(dy), device_data<T>(dpre),
-      device_data<T>(y), numel);
-  check_launch("activation");
-}
-
 }  // namespace
 
 void CudaBackend::cast(const Tensor& source, const Tensor& destination) {
@@ -167,21 +199,33 @@ void CudaBackend::add_to_rows(const Tensor& x, const Tensor& y, Accumulate accum
 
 void CudaBackend::activation_forward(Activation activation, const Tensor& pre_activation,
                                      const Tensor& y) {
-  if (y.numel() == 0) return;
-  visit_dtype(y.dtype, [&](auto tag) {
+  const std::int64_t numel = y.numel();
+  if (numel == 0) return;
+  const cudaStream_t stream = this->stream();
+  visit_activation(y.dtype, activation, [&](auto tag, auto function) {
     using T = typename decltype(tag)::type;
-    launch_activation<T>(activation, pre_activation, {}, {}, y, stream());
+    using Function = decltype(function);
+    activation_kernel<T, Function><<<blocks_for((numel + 7) / 8), kBlockThreads, 0, stream>>>(
+        device_data<const T>(pre_activation), device_data<T>(y), numel);
   });
+  check_launch("activation");
 }
 
 void CudaBackend::activation_backward(Activation activation, const Tensor& pre_activation,
                                       const Tensor& dy, const Tensor& dpre, const Tensor& y) {
   check_activation_backward(pre_activation, dy, dpre, y);
-  if (dpre.numel() == 0) return;
-  visit_dtype(dpre.dtype, [&](auto tag) {
+  const std::int64_t numel = dpre.numel();
+  if (numel == 0) return;
+  const cudaStream_t stream = this->stream();
+  visit_activation(dpre.dtype, activation, [&](auto tag, auto function) {
     using T = typename decltype(tag)::type;
-    launch_activation<T>(activation, pre_activation, dy, dpre, y, stream());
+    using Function = decltype(function);
+    activation_backward_kernel<T, Function>
+        <<<blocks_for((numel + 7) / 8), kBlockThreads, 0, stream>>>(
+            device_data<const T>(pre_activation), device_data<const T>(dy), device_data<T>(dpre),
+            device_data<T>(y), numel);
   });
+  check_launch("activation_backward");
 }
 
 void CudaBackend::activation_backward_tangent(Activation activation, const Tensor& pre_activation,
@@ -193,12 +237,14 @@ void CudaBackend::activation_backward_tangent(Activation activation, const Tenso
   const std::int64_t numel = pre_activation.numel();
   if (numel == 0) return;
   const cudaStream_t stream = this->stream();
-  visit_dtype(pre_activation.dtype, [&](auto tag) {
+  visit_activation(pre_activation.dtype, activation, [&](auto tag, auto function) {
     using T = typename decltype(tag)::type;
-    activation_tangent_kernel<T><<<blocks_for((numel + 7) / 8), kBlockThreads, 0, stream>>>(
-        activation, device_data<const T>(pre_activation),
-        device_data<const T>(pre_activation_tangent), device_data<const T>(dy),
-        device_data<const T>(dy_tangent), device_data<T>(dpre_tangent), numel);
+    using Function = decltype(function);
+    activation_tangent_kernel<T, Function>
+        <<<blocks_for((numel + 7) / 8), kBlockThreads, 0, stream>>>(
+            device_data<const T>(pre_activation), device_data<const T>(pre_activation_tangent),
+            device_data<const T>(dy), device_data<const T>(dy_tangent),
+            device_data<T>(dpre_tangent), numel);
   });
   check_launch("activation_backward_tangent");
 }

@@ -195,4 +195,3 @@ inline unsigned long long atomicAdd(unsigned long long* address, unsigned long l
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
-inline float normcdff(float x) { return 0.5f * erfcf(-x * 0.70710678f); }
