@@ -3,62 +3,26 @@
 // size S x S leaves the multiprocessor, and every sum runs in a fixed order.
 //
 // A head size is filled up with zeros to kDepth columns. Rows of shared memory are longer than
-// their content (kPad), so that neighbouring rows begin in different banks; tile addresses stay
+// their content, so that neighbouring rows begin in different banks; tile addresses stay
 // multiples of 32 bytes, as wmma wants them.
 #pragma once
-
-#include <mma.h>
 
 #include <cmath>
 #include <type_traits>
 
 #include "csrc_cuda/attention_problem.cuh"
+#include "csrc_cuda/fragments.cuh"
 
 namespace bitfall::attention_tiles {
-
-namespace wmma = nvcuda::wmma;
 
 inline constexpr int kRows = 64;  ///< queries, and keys, of a tile
 inline constexpr int kWarps = 4;
 inline constexpr int kThreads = 32 * kWarps;
-inline constexpr int kFragment = 16;
 inline constexpr int kBlocks = kRows / kFragment;  ///< fragments along a side of the scores
 
 inline constexpr int kScoreStride = kRows + 4;        ///< f32 elements
 inline constexpr int kProbabilityStride = kRows + 8;  ///< 16-bit elements
 inline constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
-
-template <typename T>
-struct MatrixElement;
-template <>
-struct MatrixElement<BFloat16> {
-  using type = __nv_bfloat16;
-};
-template <>
-struct MatrixElement<Float16> {
-  using type = __half;
-};
-
-template <typename T>
-using RowsA = wmma::fragment<wmma::matrix_a, kFragment, kFragment, kFragment,
-                             typename MatrixElement<T>::type, wmma::row_major>;
-template <typename T>
-using ColumnsA = wmma::fragment<wmma::matrix_a, kFragment, kFragment, kFragment,
-                                typename MatrixElement<T>::type, wmma::col_major>;
-template <typename T>
-using RowsB = wmma::fragment<wmma::matrix_b, kFragment, kFragment, kFragment,
-                             typename MatrixElement<T>::type, wmma::row_major>;
-template <typename T>
-using ColumnsB = wmma::fragment<wmma::matrix_b, kFragment, kFragment, kFragment,
-                                typename MatrixElement<T>::type, wmma::col_major>;
-using Sums = wmma::fragment<wmma::accumulator, kFragment, kFragment, kFragment, float>;
-
-template <typename Fragment, typename T>
-__device__ inline void load_fragment(Fragment& fragment, const T* data, int stride) {
-  using Element = typename MatrixElement<T>::type;
-  wmma::load_matrix_sync(fragment, reinterpret_cast<const Element*>(data),
-                         static_cast<unsigned>(stride));
-}
 
 /// Tiles of one kind in shared memory.
 template <typename T, int kDepth>

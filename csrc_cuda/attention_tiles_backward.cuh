@@ -95,14 +95,16 @@ __device__ inline void score_gradients(const AttentionProblem& problem, const Se
   const float shift = memory.log_sum_exp[at.row] * kLog2E, delta = memory.delta[at.row];
 #pragma unroll
   for (int g = 0; g < 4; ++g) {
+    const int source = at.row * kScoreStride + at.column(g, 0);
+    const Eight scores = load_packs(memory.scores + source);
+    const Eight dprobabilities = load_packs(memory.dprobabilities + source);
     Pack<T> probabilities, dscores;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int column = at.column(g, i), index = at.row * kScoreStride + column;
-      const bool exists = first_key + column < part.key_length;
-      const float p = exists ? exp2f(factor * memory.scores[index] - shift) : 0.0f;
+      const bool exists = first_key + at.column(g, i) < part.key_length;
+      const float p = exists ? exp2f(factor * scores.value[i] - shift) : 0.0f;
       const float mask = (kept >> (8 * g + i)) & 1u ? keep_scale : 0.0f;
-      const float dscore = p * (memory.dprobabilities[index] * mask - delta);
+      const float dscore = p * (dprobabilities.value[i] * mask - delta);
       probabilities.element[i] = narrow<T>(p * mask);
       dscores.element[i] = narrow<T>(exists ? dscore : 0.0f);
     }

@@ -23,11 +23,11 @@ __device__ inline float softmax_tile(const AttentionProblem& problem, const Sequ
   float largest = -INFINITY;
 #pragma unroll
   for (int g = 0; g < 4; ++g) {
+    const Eight eight = load_packs(scores + at.row * kScoreStride + at.column(g, 0));
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int column = at.column(g, i);
-      const bool exists = first_key + column < part.key_length;
-      p[g][i] = exists ? factor * scores[at.row * kScoreStride + column] : -INFINITY;
+      const bool exists = first_key + at.column(g, i) < part.key_length;
+      p[g][i] = exists ? factor * eight.value[i] : -INFINITY;
       largest = fmaxf(largest, p[g][i]);
     }
   }

@@ -189,6 +189,12 @@ void* dynamic_shared_memory() {
   return reinterpret_cast<void*>((address + 255) / 256 * 256);
 }
 
+bool in_dynamic_shared_memory(const void* address) {
+  const std::vector<std::byte>& memory = running_block->shared_memory;
+  const auto first = reinterpret_cast<std::uintptr_t>(memory.data());
+  return reinterpret_cast<std::uintptr_t>(address) - first < memory.size();
+}
+
 void run(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& kernel) {
   const std::size_t threads = std::size_t{block.x} * block.y * block.z;
   check(threads > 0 && threads <= kMostThreads, "bad block size");

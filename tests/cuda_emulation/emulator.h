@@ -50,6 +50,7 @@ void give_way();
 /// The words of all lanes of the warp, once each has brought its own.
 std::array<std::uint64_t, 32> exchange_words(std::uint64_t word);
 void* dynamic_shared_memory();
+bool in_dynamic_shared_memory(const void* address);
 /// Calls `body` as every thread of every block.
 void run(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& body);
 

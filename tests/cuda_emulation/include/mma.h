@@ -27,8 +27,9 @@ inline float as_float(float value) { return value; }
 inline float as_float(__half value) { return __half2float(value); }
 inline float as_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
-/// What the hardware demands of a matrix in memory.
+/// What the hardware demands of a matrix in memory, and of its place what fragments.cuh demands.
 inline void check_matrix(const void* data, unsigned stride, unsigned multiple) {
+  emulator::check(emulator::in_dynamic_shared_memory(data), "wmma: not in shared memory");
   emulator::check(reinterpret_cast<std::uintptr_t>(data) % 32 == 0, "wmma: address");
   emulator::check(stride % multiple == 0, "wmma: stride");
 }
