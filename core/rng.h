@@ -73,7 +73,10 @@ BITFALL_INLINE std::uint32_t dropout_bits(const Dropout& dropout, std::uint32_t 
   const PhiloxBlock block =
       philox({{16 * (column / 128) + column % 16, position, sample_key, 0}}, dropout.key());
   const std::uint32_t half = (column % 128) / 16;
-  return (block.word[half / 2] >> (16 * (half % 2))) & 0xffffu;
+  // No index that is known at run time only: a GPU would keep the words in memory for it.
+  const std::uint32_t low = half < 4 ? block.word[0] : block.word[2];
+  const std::uint32_t high = half < 4 ? block.word[1] : block.word[3];
+  return ((half % 4 < 2 ? low : high) >> (16 * (half % 2))) & 0xffffu;
 }
 
 /// Uniform in [0, 1): the upper 24 bits of `word`.

@@ -43,12 +43,15 @@ struct GradientTable {
   float* gradient;          ///< [rows, H]
 };
 
+/// Kernels take it as __grid_constant__: else every thread would copy it to memory of its own to
+/// choose a table.
 struct GradientTables {
   GradientTable table[kTables];
 };
 
 /// Minima and maxima of integers do not depend on the order in which atomics arrive.
-__global__ void find_tokens_kernel(GradientTables tables, std::int32_t tokens) {
+__global__ void find_tokens_kernel(const __grid_constant__ GradientTables tables,
+                                   std::int32_t tokens) {
   const std::int64_t token = grid_thread();
   if (token >= tokens) return;
   const GradientTable& table = tables.table[blockIdx.y];
@@ -82,7 +85,8 @@ __device__ inline int find_matches(const std::int32_t* ids, std::int32_t id, std
 /// Block (token, columns, table) adds the rows of dy of all tokens with the id of `token`, in token
 /// order, if `token` is the first of them. A thread owns a column.
 template <typename T>
-__global__ void add_rows_kernel(GradientTables tables, const T* dy, std::int64_t columns) {
+__global__ void add_rows_kernel(const __grid_constant__ GradientTables tables, const T* dy,
+                                std::int64_t columns) {
   const GradientTable& table = tables.table[blockIdx.z];
   const auto token = static_cast<std::int32_t>(blockIdx.x);
   const std::int32_t id = table.ids[token];

@@ -15,6 +15,7 @@
 #define __host__
 #define __global__
 #define __launch_bounds__(...)
+#define __grid_constant__
 // May be static while one block runs at a time; one that waits for others has to take the dynamic
 // shared memory of its launch.
 #define __shared__ static
