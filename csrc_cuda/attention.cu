@@ -15,19 +15,14 @@ namespace {
 
 using namespace attention_launch;
 
-Launch tiles_launch(const char* operation, const AttentionProblem& problem, int shared_bytes,
-                    cudaStream_t stream) {
-  return {operation,
-          dim3(static_cast<unsigned>(sequence_parts(problem, attention_tiles::kRows)),
-               static_cast<unsigned>(problem.heads)),
-          dim3(attention_tiles::kThreads), static_cast<std::size_t>(shared_bytes), stream};
-}
-
 template <typename T, int kDepth>
 void tiles_forward(const AttentionProblem& problem, const AttentionForward<T>& data,
                    cudaStream_t stream) {
   namespace tiles = attention_tiles;
-  run(tiles_launch("attention_forward", problem, tiles::kForwardBytes<T, kDepth>, stream),
+  run({"attention_forward",
+       dim3(static_cast<unsigned>(sequence_parts(problem, tiles::kForwardQueries)),
+            static_cast<unsigned>(problem.heads)),
+       dim3(tiles::kForwardThreads), tiles::kForwardBytes<kDepth>, stream},
       tiles::forward_kernel<T, kDepth>, problem, data);
 }
 
@@ -35,10 +30,10 @@ template <typename T, int kDepth>
 void tiles_backward(const AttentionProblem& problem, const AttentionBackward<T>& data,
                     cudaStream_t stream) {
   namespace tiles = attention_tiles;
-  const Launch launch =
-      tiles_launch("attention_backward", problem, tiles::kBackwardBytes<T, kDepth>, stream);
-  run(launch, tiles::key_gradient_kernel<T, kDepth>, problem, data);
-  run(launch, tiles::query_gradient_kernel<T, kDepth>, problem, data);
+  run({"attention_backward",
+       dim3(static_cast<unsigned>(problem.sequences), static_cast<unsigned>(problem.heads)),
+       dim3(tiles::kBackwardThreads), tiles::kBackwardBytes<kDepth>, stream},
+      tiles::backward_kernel<T, kDepth>, problem, data);
 }
 
 /// Below this head size, tensor cores would multiply zeros for the most part.
@@ -53,7 +48,7 @@ void choose(const AttentionProblem& problem, int most_shared_bytes, const Tiles&
     if (problem.head_size < kSmallestTile) return rows();
     if (problem.head_size <= 32) return tiles(std::integral_constant<int, 32>{});
     if (problem.head_size <= 64) return tiles(std::integral_constant<int, 64>{});
-    if (problem.head_size <= 128 && attention_tiles::kBackwardBytes<T, 128> <= most_shared_bytes)
+    if (problem.head_size <= 128 && attention_tiles::kBackwardBytes<128> <= most_shared_bytes)
       return tiles(std::integral_constant<int, 128>{});
   }
   rows();
@@ -73,18 +68,18 @@ void forward(const AttentionProblem& problem, int most_shared_bytes,
 }
 
 template <typename T>
-void backward(const AttentionProblem& problem, int most_shared_bytes, const T* out, float* delta,
+void backward(const AttentionProblem& problem, int most_shared_bytes,
               const AttentionBackward<T>& data, cudaStream_t stream) {
   namespace rows = attention_rows;
-  const Launch per_token = tokens_launch("attention_backward", problem, stream);
-  run(per_token, rows::delta_kernel<T>, problem, data.dout, out, delta);
+  constexpr const char* kName = "attention_backward";
   choose<T>(
       problem, most_shared_bytes,
       [&](auto depth) { tiles_backward<T, decltype(depth)::value>(problem, data, stream); },
       [&] {
-        const Launch launch =
-            rows_launch("attention_backward", problem,
-                        attention_rows::WarpMemory<>::floats(problem.head_size), stream);
+        run(tokens_launch(kName, problem, stream), rows::delta_kernel<T>, problem, data.dout,
+            data.out, data.delta);
+        const Launch launch = rows_launch(
+            kName, problem, attention_rows::WarpMemory<>::floats(problem.head_size), stream);
         run(launch, rows::query_gradient_kernel<T>, problem, data);
         run(launch, rows::key_gradient_kernel<T>, problem, data);
       });
@@ -121,12 +116,14 @@ void CudaBackend::attention_backward(const AttentionShape& shape, const Tensor& 
   const AttentionProblem problem =
       make_problem(kName, shape, qkv, sequence_starts, sample_keys, dropout);
   if (problem.tokens == 0) return;
-  auto* const delta = static_cast<float*>(scratch(log_sum_exp.bytes()));
+  // delta [T, A] or dq [T, H].
+  auto* const work =
+      static_cast<float*>(scratch(static_cast<std::size_t>(out.numel()) * sizeof(float)));
   visit_dtype(qkv.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    backward<T>(problem, most_shared_bytes(device_index()), device_data<const T>(out), delta,
-                {device_data<const T>(qkv), device_data<const T>(dout),
-                 device_data<const float>(log_sum_exp), delta, device_data<T>(dqkv)},
+    backward<T>(problem, most_shared_bytes(device_index()),
+                {device_data<const T>(qkv), device_data<const T>(dout), device_data<const T>(out),
+                 device_data<const float>(log_sum_exp), device_data<T>(dqkv), work, work},
                 stream());
   });
 }

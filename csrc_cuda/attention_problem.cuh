@@ -35,6 +35,24 @@ inline std::int64_t sequence_parts(const AttentionProblem& problem, std::int64_t
   return problem.tokens / rows + problem.sequences;
 }
 
+/// What begins at token number `first` of a sequence.
+__device__ inline SequencePart part_of_sequence(const AttentionProblem& problem,
+                                                std::int64_t sequence, std::int64_t first) {
+  SequencePart part{};
+  const std::int64_t begin = problem.starts[sequence], end = problem.starts[sequence + 1];
+  // Starts that do not rise from 0 within the batch were not checked by the caller: touch nothing.
+  if (begin < 0 || end > problem.tokens || end <= begin || first < 0) return part;
+  part.row = begin;
+  part.length = static_cast<int>(end - begin);
+  part.key_length = part.length;
+  if (problem.key_lengths != nullptr)
+    part.key_length = max(1, min(problem.key_lengths[sequence], part.length));
+  part.first = static_cast<int>(first);
+  if (problem.dropout.enabled())
+    part.sample_key = static_cast<std::uint32_t>(problem.sample_keys[sequence]);
+  return part;
+}
+
 /// The part number `index`. All threads of a block get the same.
 __device__ inline SequencePart sequence_part(const AttentionProblem& problem, std::int64_t index,
                                              int rows) {
@@ -47,20 +65,7 @@ __device__ inline SequencePart sequence_part(const AttentionProblem& problem, st
       high = middle - 1;
     }
   }
-  SequencePart part{};
-  const std::int64_t begin = problem.starts[low], end = problem.starts[low + 1];
-  const std::int64_t first = (index - (begin / rows + low)) * rows;
-  // Starts that do not rise from 0 within the batch were not checked by the caller: touch nothing.
-  if (begin < 0 || end > problem.tokens || end <= begin || first < 0) return part;
-  part.row = begin;
-  part.length = static_cast<int>(end - begin);
-  part.key_length = part.length;
-  if (problem.key_lengths != nullptr)
-    part.key_length = max(1, min(problem.key_lengths[low], part.length));
-  part.first = static_cast<int>(first);
-  if (problem.dropout.enabled())
-    part.sample_key = static_cast<std::uint32_t>(problem.sample_keys[low]);
-  return part;
+  return part_of_sequence(problem, low, (index - (problem.starts[low] / rows + low)) * rows);
 }
 
 /// Columns of q, k and v of one head in a row of qkv or dqkv.
@@ -88,9 +93,11 @@ struct AttentionForward {
 
 template <typename T>
 struct AttentionBackward {
-  const T *qkv, *dout;
-  const float *log_sum_exp, *delta;  ///< delta [T, A]: inner products of dout and out
+  const T *qkv, *dout, *out;
+  const float* log_sum_exp;
   T* dqkv;
+  float* delta;  ///< [T, A] for attention_rows: inner products of dout and out
+  float* dq;     ///< [T, H] for attention_tiles, while keys are still to come
 };
 
 }  // namespace bitfall

@@ -1,47 +1,26 @@
-// Attention in bf16 and f16 on tensor cores, for head sizes up to 128: tiles of 64 queries and 64
-// keys in shared memory, scores and sums in f32. Four warps share a tile, 16 rows each. Nothing of
+// Attention in bf16 and f16 on tensor cores, for head sizes up to 128: tiles of queries and keys in
+// shared memory, scores and sums in f32 in registers. A warp owns 16 rows of scores. Nothing of
 // size S x S leaves the multiprocessor, and every sum runs in a fixed order.
 //
-// A head size is filled up with zeros to kDepth columns. Rows of shared memory are longer than
-// their content, so that neighbouring rows begin in different banks; tile addresses stay
-// multiples of 32 bytes, as wmma wants them.
+// A head size is filled up with zeros to kDepth columns. Rows of shared memory are 16 bytes longer
+// than their content, so that eight neighbouring rows begin in different banks.
 #pragma once
 
 #include <cmath>
-#include <type_traits>
 
 #include "csrc_cuda/attention_problem.cuh"
-#include "csrc_cuda/fragments.cuh"
+#include "csrc_cuda/reduce.cuh"
+#include "csrc_cuda/tensor_core.cuh"
 
 namespace bitfall::attention_tiles {
 
-inline constexpr int kRows = 64;  ///< queries, and keys, of a tile
-inline constexpr int kWarps = 4;
-inline constexpr int kThreads = 32 * kWarps;
-inline constexpr int kBlocks = kRows / kFragment;  ///< fragments along a side of the scores
-
-inline constexpr int kScoreStride = kRows + 4;        ///< f32 elements
-inline constexpr int kProbabilityStride = kRows + 8;  ///< 16-bit elements
+inline constexpr int kWarpRows = 16;
+inline constexpr int kKeys = 64;  ///< of a tile
 inline constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
 
-/// Tiles of one kind in shared memory.
-template <typename T, int kDepth>
-struct Tile {
-  static constexpr int kStride = kDepth + 8;  ///< elements
-  static constexpr int kBytes = kRows * kStride * static_cast<int>(sizeof(T));
-};
-inline constexpr int kScoreBytes = kRows * kScoreStride * 4;
-inline constexpr int kProbabilityBytes = kRows * kProbabilityStride * 2;
-/// f32 tile [kRows, kDepth] of results.
-template <int kDepth>
-inline constexpr int kResultStride = kDepth + 4;
-
-template <typename T, int kDepth>
-inline constexpr int kForwardBytes = 3 * Tile<T, kDepth>::kBytes + kScoreBytes + kProbabilityBytes +
-                                     kRows* kResultStride<kDepth> * 4;
-template <typename T, int kDepth>
-inline constexpr int kBackwardBytes =
-    4 * Tile<T, kDepth>::kBytes + 2 * kScoreBytes + 2 * kProbabilityBytes + 2 * kRows * 4;
+/// `rows` rows of `columns` 16-bit elements in shared memory.
+constexpr int stride_of(int columns) { return columns + 8; }
+constexpr int tile_bytes(int rows, int columns) { return rows * stride_of(columns) * 2; }
 
 /// Hands out a block's shared memory piece by piece.
 struct SharedMemory {
@@ -60,154 +39,235 @@ __device__ inline SharedMemory shared_memory() {
   return {shared_bytes};
 }
 
+/// Whether rows of a matrix can be read and written eight elements at a time.
+template <typename T>
+__device__ inline bool in_eights(const T* rows, std::int64_t stride, int head_size) {
+  return aligned(rows) && stride % 8 == 0 && head_size % 8 == 0;
+}
+
 /// tile [kRows, kDepth] = `count` rows of `head_size` elements that lie `stride` apart, zeros
 /// around them. All threads take part; they must wait for each other before they read the tile.
-template <typename T, int kDepth>
+template <int kRows, int kDepth, typename T>
 __device__ inline void load_tile(const T* rows, std::int64_t stride, int count, int head_size,
                                  T* tile) {
-  for (int item = static_cast<int>(threadIdx.x); item < kRows * (kDepth / 8); item += kThreads) {
-    const int row = item / (kDepth / 8), column = item % (kDepth / 8) * 8;
-    Pack<T> pack{};
-    if (row < count) {
-      const T* const source = rows + row * stride;
-      if (whole(source, column, 0, head_size)) {
-        pack = *reinterpret_cast<const Pack<T>*>(source + column);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          if (column + i < head_size) pack.element[i] = source[column + i];
-        }
-      }
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  if (in_eights(rows, stride, head_size)) {
+#pragma unroll 4
+    for (int item = thread; item < kRows * (kDepth / 8); item += threads) {
+      const int row = item / (kDepth / 8), column = item % (kDepth / 8) * 8;
+      Pack<T> pack{};
+      if (row < count && column < head_size)
+        pack = *reinterpret_cast<const Pack<T>*>(rows + row * stride + column);
+      *reinterpret_cast<Pack<T>*>(tile + row * stride_of(kDepth) + column) = pack;
     }
-    *reinterpret_cast<Pack<T>*>(tile + row * Tile<T, kDepth>::kStride + column) = pack;
+    return;
+  }
+#pragma unroll 1
+  for (int item = thread; item < kRows * kDepth; item += threads) {
+    const int row = item / kDepth, column = item % kDepth;
+    const bool exists = row < count && column < head_size;
+    tile[row * stride_of(kDepth) + column] = exists ? rows[row * stride + column] : T{};
   }
 }
 
-/// scores [16, 64] of this warp = its 16 rows of `left` times all rows of `right`, transposed.
-template <typename T, int kDepth>
-__device__ inline void multiply_scores(const T* left, const T* right, float* scores) {
-  constexpr int kStride = Tile<T, kDepth>::kStride;
-  const int first = static_cast<int>(threadIdx.x / 32) * kFragment;
-  Sums sums[kBlocks];
+// --- products. A left factor goes in pieces of 16 x 16, a right one in pieces of 16 x 16 for two
+// neighbouring blocks of eight columns: words 0 and 1 for the first, 2 and 3 for the second.
+
+__device__ inline int lane() { return static_cast<int>(threadIdx.x % kWarpThreads); }
+__device__ inline int warp() { return static_cast<int>(threadIdx.x / kWarpThreads); }
+
+/// Where this lane's row of four matrices begins: first those of the left column, from top to
+/// bottom ...
+template <typename T>
+__device__ inline const T* column_by_column(const T* piece, int stride) {
+  return piece + lane() % 16 * stride + lane() / 16 * 8;
+}
+/// ... or first those of the upper row.
+template <typename T>
+__device__ inline const T* row_by_row(const T* piece, int stride) {
+  return piece + (lane() / 16 * 8 + lane() % 8) * stride + lane() / 8 % 2 * 8;
+}
+
+template <typename T>
+__device__ inline Matrices load_left(const T* piece, int stride) {
+  return load_matrices(column_by_column(piece, stride));
+}
+template <typename T>
+__device__ inline Matrices load_left_transposed(const T* piece, int stride) {
+  return load_matrices_transposed(row_by_row(piece, stride));
+}
+template <typename T>
+__device__ inline Matrices load_right(const T* piece, int stride) {
+  return load_matrices_transposed(column_by_column(piece, stride));
+}
+template <typename T>
+__device__ inline Matrices load_right_transposed(const T* piece, int stride) {
+  return load_matrices(row_by_row(piece, stride));
+}
+
+/// 16 rows of results of this lane's warp; see multiply_add for who has what.
+template <int kColumns>
+struct Sums {
+  float block[kColumns / 8][4];
+
+  __device__ void clear() {
 #pragma unroll
-  for (int n = 0; n < kBlocks; ++n) wmma::fill_fragment(sums[n], 0.0f);
+    for (float(&sums)[4] : block) {
 #pragma unroll
-  for (int depth = 0; depth < kDepth; depth += kFragment) {
-    RowsA<T> a;
-    load_fragment(a, left + first * kStride + depth, kStride);
-#pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
-      ColumnsB<T> b;
-      load_fragment(b, right + n * kFragment * kStride + depth, kStride);
-      wmma::mma_sync(sums[n], a, b, sums[n]);
+      for (float& sum : sums) sum = 0.0f;
     }
   }
+  /// Multiplies this lane's two rows.
+  __device__ void multiply(float2 factor) {
 #pragma unroll
-  for (int n = 0; n < kBlocks; ++n) {
-    wmma::store_matrix_sync(scores + first * kScoreStride + n * kFragment, sums[n], kScoreStride,
-                            wmma::mem_row_major);
-  }
-}
-
-/// sums [16, kDepth] += this warp's 16 rows of left [64, 64] times right [64, kDepth]. FragmentA is
-/// RowsA, or ColumnsA to take 16 columns of `left` for rows.
-template <typename FragmentA, typename T, int kDepth>
-__device__ inline void multiply_add(const T* left, const T* right,
-                                    Sums (&sums)[kDepth / kFragment]) {
-  constexpr int kStride = Tile<T, kDepth>::kStride;
-  constexpr bool kTransposed = std::is_same_v<FragmentA, ColumnsA<T>>;
-  const int first = static_cast<int>(threadIdx.x / 32) * kFragment;
-#pragma unroll
-  for (int inner = 0; inner < kRows; inner += kFragment) {
-    FragmentA a;
-    load_fragment(a,
-                  kTransposed ? left + inner * kProbabilityStride + first
-                              : left + first * kProbabilityStride + inner,
-                  kProbabilityStride);
-#pragma unroll
-    for (int n = 0; n < kDepth / kFragment; ++n) {
-      RowsB<T> b;
-      load_fragment(b, right + inner * kStride + n * kFragment, kStride);
-      wmma::mma_sync(sums[n], a, b, sums[n]);
+    for (float(&sums)[4] : block) {
+      sums[0] *= factor.x;
+      sums[1] *= factor.x;
+      sums[2] *= factor.y;
+      sums[3] *= factor.y;
     }
   }
-}
-
-template <int kCount>
-__device__ inline void clear(Sums (&sums)[kCount]) {
-#pragma unroll
-  for (int n = 0; n < kCount; ++n) wmma::fill_fragment(sums[n], 0.0f);
-}
-
-/// Writes this warp's 16 rows of sums, times `factor`, to the rows first_row + 16 warp + i < length
-/// of a matrix, by way of `staging` [kRows, kResultStride], whose 16 rows belong to this warp.
-template <typename T, int kDepth>
-__device__ inline void write_rows(Sums (&sums)[kDepth / kFragment], float factor, float* staging,
-                                  int first_row, int length, int head_size, T* rows,
-                                  std::int64_t stride) {
-  constexpr int kStride = kResultStride<kDepth>;
-  const int first = static_cast<int>(threadIdx.x / 32) * kFragment;
-  const int lane = static_cast<int>(threadIdx.x % 32);
-#pragma unroll
-  for (int n = 0; n < kDepth / kFragment; ++n) {
-    wmma::store_matrix_sync(staging + first * kStride + n * kFragment, sums[n], kStride,
-                            wmma::mem_row_major);
+  /// Adds left [16, 16] times two blocks of columns, 16 n and 16 n + 8.
+  template <typename T>
+  __device__ void add(int n, const Matrices& left, const Matrices& right) {
+    multiply_add<T>(block[2 * n], left, right.word[0], right.word[1]);
+    multiply_add<T>(block[2 * n + 1], left, right.word[2], right.word[3]);
   }
-  __syncwarp();
-  for (int item = lane; item < kFragment * (kDepth / 8); item += 32) {
-    const int row = first + item / (kDepth / 8), column = item % (kDepth / 8) * 8;
-    if (first_row + row >= length) continue;
-    Eight values;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) values.value[i] = factor * staging[row * kStride + column + i];
-    store_eight(rows + (first_row + row) * stride, column, 0, head_size, values);
-  }
-  __syncwarp();
-}
-
-// --- rows of scores. Two lanes share a row of a tile: lane 2 r + side has the columns
-// 16 g + 8 side + i, g < 4, i < 8, of row r of its warp. So each Philox result serves four columns.
-
-struct ScoreRow {
-  int row;   ///< in the tile
-  int side;  ///< 0 or 1
-
-  __device__ ScoreRow()
-      : row(static_cast<int>(threadIdx.x / 32) * kFragment +
-            static_cast<int>(threadIdx.x % 32) / 2),
-        side(static_cast<int>(threadIdx.x % 2)) {}
-  __device__ int column(int group, int i) const { return 16 * group + 8 * side + i; }
 };
 
-/// Bit 8 g + i: whether dropout keeps column(g, i) of a tile whose first key is `first_key`, a
-/// multiple of 64.
-__device__ inline std::uint32_t kept_columns(const Dropout& dropout, std::uint32_t sample_key,
-                                             std::uint32_t position, int first_key, int side) {
-  if (!dropout.enabled()) return 0xffffffffu;
+/// This lane has rows sum_row() and sum_row() + 8 of Sums, of each the columns 8 n + sum_column()
+/// and the next one.
+__device__ inline int sum_row() { return lane() / 4; }
+__device__ inline int sum_column() { return lane() % 4 * 2; }
+
+/// Scores [16, kColumns] = left [16, kDepth] times the first kColumns rows of `right`, transposed.
+/// left(k) gives columns 16 k ... 16 k + 15.
+template <int kColumns, typename T, int kDepth, typename Left>
+__device__ inline Sums<kColumns> scores_of(const Left& left, const T* right) {
+  Sums<kColumns> scores;
+  scores.clear();
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; ++k) {
+    const Matrices piece = left(k);
+#pragma unroll
+    for (int n = 0; n < kColumns / 16; ++n) {
+      scores.template add<T>(
+          n, piece,
+          load_right_transposed(right + 16 * n * stride_of(kDepth) + 16 * k, stride_of(kDepth)));
+    }
+  }
+  return scores;
+}
+
+/// sums [16, kDepth] += left [16, 16] times 16 rows of a tile.
+template <typename T, int kDepth>
+__device__ inline void add_product(const Matrices& left, const T* rows, Sums<kDepth>& sums) {
+#pragma unroll
+  for (int n = 0; n < kDepth / 16; ++n)
+    sums.template add<T>(n, left, load_right(rows + 16 * n, stride_of(kDepth)));
+}
+
+template <typename T>
+__device__ inline std::uint32_t pair(float low, float high) {
+  return narrow<T>(low).bits | static_cast<std::uint32_t>(narrow<T>(high).bits) << 16;
+}
+
+/// Columns 16 n ... 16 n + 15 as left factor.
+template <typename T, int kColumns>
+__device__ inline Matrices left_of(const Sums<kColumns>& sums, int n) {
+  const float(&first)[4] = sums.block[2 * n], (&second)[4] = sums.block[2 * n + 1];
+  return {{pair<T>(first[0], first[1]), pair<T>(first[2], first[3]), pair<T>(second[0], second[1]),
+           pair<T>(second[2], second[3])}};
+}
+
+/// Writes 16 rows to a tile whose row 0 is the first of them.
+template <typename T, int kColumns>
+__device__ inline void store_sums(const Sums<kColumns>& sums, T* tile, int stride) {
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      *reinterpret_cast<std::uint32_t*>(tile + (sum_row() + 8 * r) * stride + 8 * n +
+                                        sum_column()) =
+          pair<T>(sums.block[n][2 * r], sums.block[n][2 * r + 1]);
+    }
+  }
+}
+
+/// Writes the `count` first of this warp's 16 rows of results, times `factor` of each lane's two
+/// rows, to memory, by way of `staging` [16, kDepth] of the warp.
+template <typename T, int kDepth>
+__device__ inline void write_rows(Sums<kDepth>& sums, float2 factor, T* staging, int count,
+                                  int head_size, T* rows, std::int64_t stride) {
+  sums.multiply(factor);
+  store_sums(sums, staging, stride_of(kDepth));
+  __syncwarp();
+  if (in_eights(rows, stride, head_size)) {
+#pragma unroll
+    for (int item = lane(); item < kWarpRows * (kDepth / 8); item += kWarpThreads) {
+      const int row = item / (kDepth / 8), column = item % (kDepth / 8) * 8;
+      if (row < count && column < head_size)
+        *reinterpret_cast<Pack<T>*>(rows + row * stride + column) =
+            *reinterpret_cast<const Pack<T>*>(staging + row * stride_of(kDepth) + column);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int item = lane(); item < kWarpRows * kDepth; item += kWarpThreads) {
+    const int row = item / kDepth, column = item % kDepth;
+    if (row < count && column < head_size)
+      rows[row * stride + column] = staging[row * stride_of(kDepth) + column];
+  }
+}
+
+/// Which scores of this lane dropout keeps, for 128 keys: bit 16 r + 2 n + j of the lower 64 keys
+/// is that of row sum_row() + 8 r and key 8 n + sum_column() + j; the same of the upper 64.
+struct KeptScores {
+  std::uint32_t lower = 0xffffffffu, upper = 0xffffffffu;
+
+  /// Of the 64 keys from `first_key` on.
+  __device__ std::uint32_t of_tile(int first_key) const {
+    return first_key % 128 == 0 ? lower : upper;
+  }
+};
+__device__ inline bool is_kept(std::uint32_t kept, int row, int column_block, int j) {
+  return (kept >> (16 * row + 2 * column_block + j)) & 1u;
+}
+
+/// first_key: a multiple of 128. Each result of Philox serves eight keys, 16 apart.
+__device__ inline KeptScores kept_scores(const Dropout& dropout, std::uint32_t sample_key,
+                                         std::int64_t head, int first_query, int first_key) {
+  KeptScores kept;
+  if (!dropout.enabled()) return kept;
+  kept = {0, 0};
   const std::uint32_t threshold = dropout.threshold();
-  const bool upper = first_key % 128 != 0;  // of the columns that share a Philox block
-  std::uint32_t kept = 0;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const auto counter = static_cast<std::uint32_t>(first_key / 128 * 16 + 8 * side + i);
-    const PhiloxBlock block = philox({{counter, position, sample_key, 0}}, dropout.key());
-    const std::uint32_t words[2] = {upper ? block.word[2] : block.word[0],
-                                    upper ? block.word[3] : block.word[1]};
+  for (int r = 0; r < 2; ++r) {
+    const std::uint32_t position = dropout_row(head, first_query + sum_row() + 8 * r);
 #pragma unroll
-    for (int g = 0; g < 4; ++g) {
-      const std::uint32_t bits = (words[g / 2] >> (16 * (g % 2))) & 0xffffu;
-      kept |= static_cast<std::uint32_t>(bits >= threshold) << (8 * g + i);
+    for (int column = 0; column < 4; ++column) {  // 0, 1, 8, 9 behind sum_column()
+      const int block = column / 2, j = column % 2;
+      const auto counter = static_cast<std::uint32_t>(first_key / 8 + 8 * block + sum_column() + j);
+      const PhiloxBlock random = philox({{counter, position, sample_key, 0}}, dropout.key());
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const std::uint32_t bits = (random.word[i / 2] >> (16 * (i % 2))) & 0xffffu;
+        (i < 4 ? kept.lower : kept.upper) |= static_cast<std::uint32_t>(bits >= threshold)
+                                             << (16 * r + 2 * (2 * (i % 4) + block) + j);
+      }
     }
   }
   return kept;
 }
 
-/// Sum (or maximum) over the two lanes of a row.
+/// Sum, or maximum, over the four lanes that have a row of Sums.
 __device__ inline float row_sum(float value) {
-  return value + __shfl_xor_sync(0xffffffffu, value, 1);
+  value += __shfl_xor_sync(kWholeWarp, value, 1);
+  return value + __shfl_xor_sync(kWholeWarp, value, 2);
 }
 __device__ inline float row_max(float value) {
-  return fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
+  value = fmaxf(value, __shfl_xor_sync(kWholeWarp, value, 1));
+  return fmaxf(value, __shfl_xor_sync(kWholeWarp, value, 2));
 }
 
 }  // namespace bitfall::attention_tiles

@@ -1,170 +1,257 @@
-// The backward pass of attention_tiles.cuh, without atomics: one kernel owns the gradients of 64
-// keys and walks the queries, another owns those of 64 queries and walks the keys. Both make the
-// probabilities again from log_sum_exp.
+// The backward pass of attention_tiles.cuh, without atomics: a block owns a head of a sequence and
+// makes the probabilities again from log_sum_exp, tile of keys by tile of keys, for 128 queries at
+// a time.
+//
+// First each of its eight warps takes 16 queries: dscores of the keys, which it adds to dq. Through
+// shared memory they then reach the warps that own 16 keys of dv or dk. dq of 128 queries waits in
+// registers for the next tile of keys; of a longer sequence, in memory.
 #pragma once
 
 #include "csrc_cuda/attention_tiles.cuh"
 
 namespace bitfall::attention_tiles {
 
-/// Shared memory of both kernels.
-template <typename T, int kDepth>
-struct BackwardMemory {
-  T *queries, *douts, *keys, *values;
-  float *scores, *dprobabilities;  ///< one behind the other; later `staging` of write_rows
-  T *probabilities, *dscores;
-  float *log_sum_exp, *delta;  ///< [kRows] of the queries of the tile
+inline constexpr int kQueries = 128;  ///< of a tile
+inline constexpr int kBackwardThreads = kQueries / kWarpRows * kWarpThreads;
+inline constexpr int kKeyWarps = kKeys / kWarpRows;  ///< that own dv; as many own dk
+inline constexpr int kScoreStride = stride_of(kKeys);
+static_assert(kBackwardThreads == 2 * kKeyWarps * kWarpThreads);
+static_assert(kBackwardThreads == 2 * kQueries);
 
-  __device__ BackwardMemory() {
+template <int kDepth>
+inline constexpr int kBackwardBytes = 2 * tile_bytes(kQueries, kDepth) +
+                                      2 * tile_bytes(kKeys, kDepth) +
+                                      2 * tile_bytes(kQueries, kKeys) + 2 * kQueries * 4;
+
+template <typename T, int kDepth>
+struct BackwardTiles {
+  T *queries, *douts;          ///< [kQueries, kDepth]
+  T *keys, *values;            ///< [kKeys, kDepth]
+  T *probabilities, *dscores;  ///< [kQueries, kKeys]; probabilities with dropout
+  float *log_sum_exp, *delta;  ///< [kQueries]
+
+  __device__ BackwardTiles() {
     SharedMemory memory = shared_memory();
-    queries = memory.take<T>(Tile<T, kDepth>::kBytes);
-    douts = memory.take<T>(Tile<T, kDepth>::kBytes);
-    keys = memory.take<T>(Tile<T, kDepth>::kBytes);
-    values = memory.take<T>(Tile<T, kDepth>::kBytes);
-    scores = memory.take<float>(kScoreBytes);
-    dprobabilities = memory.take<float>(kScoreBytes);
-    probabilities = memory.take<T>(kProbabilityBytes);
-    dscores = memory.take<T>(kProbabilityBytes);
-    log_sum_exp = memory.take<float>(kRows * 4);
-    delta = memory.take<float>(kRows * 4);
+    queries = memory.take<T>(tile_bytes(kQueries, kDepth));
+    douts = memory.take<T>(tile_bytes(kQueries, kDepth));
+    keys = memory.take<T>(tile_bytes(kKeys, kDepth));
+    values = memory.take<T>(tile_bytes(kKeys, kDepth));
+    probabilities = memory.take<T>(tile_bytes(kQueries, kKeys));
+    dscores = memory.take<T>(tile_bytes(kQueries, kKeys));
+    log_sum_exp = memory.take<float>(kQueries * 4);
+    delta = memory.take<float>(kQueries * 4);
   }
-  static_assert(kRows * kResultStride<kDepth> * 4 <= 2 * kScoreBytes);
 };
 
-/// What a block works on.
-template <typename T>
-struct HeadRows {
-  HeadColumns columns;
-  std::int64_t head, hidden_size;
-  int head_size;
-  const T *qkv, *dout;  ///< first row of the sequence; dout at the first column of the head
-
-  __device__ HeadRows(const AttentionProblem& problem, const AttentionBackward<T>& data,
-                      const SequencePart& part, std::int64_t head)
-      : columns(problem, head),
-        head(head),
-        hidden_size(problem.hidden_size()),
-        head_size(static_cast<int>(problem.head_size)),
-        qkv(data.qkv + part.row * columns.stride),
-        dout(data.dout + part.row * hidden_size + head * problem.head_size) {}
-};
-
+/// One head of one sequence, whose gradients a block makes.
 template <typename T, int kDepth>
-__device__ inline void load_queries(const AttentionProblem& problem,
-                                    const AttentionBackward<T>& data, const SequencePart& part,
-                                    const HeadRows<T>& rows, int first_query,
-                                    const BackwardMemory<T, kDepth>& memory) {
-  const int count = part.length - first_query;
-  load_tile<T, kDepth>(rows.qkv + first_query * rows.columns.stride + rows.columns.q,
-                       rows.columns.stride, count, rows.head_size, memory.queries);
-  load_tile<T, kDepth>(rows.dout + first_query * rows.hidden_size, rows.hidden_size, count,
-                       rows.head_size, memory.douts);
-  const int row = static_cast<int>(threadIdx.x);
-  if (row >= kRows) return;
-  const std::int64_t at = (part.row + first_query + row) * problem.heads + rows.head;
-  // Rows behind the sequence get the probability exp2(-inf) = 0.
-  memory.log_sum_exp[row] = row < count ? data.log_sum_exp[at] : INFINITY;
-  memory.delta[row] = row < count ? data.delta[at] : 0.0f;
-}
+class BackwardHead {
+ public:
+  __device__ BackwardHead(const AttentionProblem& problem, const AttentionBackward<T>& data,
+                          const SequencePart& sequence, std::int64_t head)
+      : problem_(problem),
+        data_(data),
+        sequence_(sequence),
+        head_(head),
+        columns_(problem, head),
+        size_(static_cast<int>(problem.head_size)) {}
 
-template <typename T, int kDepth>
-__device__ inline void load_keys(const SequencePart& part, const HeadRows<T>& rows, int first_key,
-                                 const BackwardMemory<T, kDepth>& memory) {
-  const T* const tile = rows.qkv + first_key * rows.columns.stride;
-  const int count = part.key_length - first_key;
-  load_tile<T, kDepth>(tile + rows.columns.k, rows.columns.stride, count, rows.head_size,
-                       memory.keys);
-  load_tile<T, kDepth>(tile + rows.columns.v, rows.columns.stride, count, rows.head_size,
-                       memory.values);
-}
-
-/// The 16 rows of probabilities (with dropout) and dscores = p (dropout(dp) - delta) of this warp,
-/// from the tiles in shared memory.
-template <typename T, int kDepth>
-__device__ inline void score_gradients(const AttentionProblem& problem, const SequencePart& part,
-                                       std::int64_t head, int first_query, int first_key,
-                                       const BackwardMemory<T, kDepth>& memory) {
-  multiply_scores<T, kDepth>(memory.queries, memory.keys, memory.scores);
-  multiply_scores<T, kDepth>(memory.douts, memory.values, memory.dprobabilities);
-  __syncwarp();
-  const ScoreRow at;
-  const std::uint32_t kept =
-      kept_columns(problem.dropout, part.sample_key, dropout_row(head, first_query + at.row),
-                   first_key, at.side);
-  const float keep_scale = problem.dropout.scale(), factor = problem.scale * kLog2E;
-  const float shift = memory.log_sum_exp[at.row] * kLog2E, delta = memory.delta[at.row];
-#pragma unroll
-  for (int g = 0; g < 4; ++g) {
-    const int source = at.row * kScoreStride + at.column(g, 0);
-    const Eight scores = load_packs(memory.scores + source);
-    const Eight dprobabilities = load_packs(memory.dprobabilities + source);
-    Pack<T> probabilities, dscores;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const bool exists = first_key + at.column(g, i) < part.key_length;
-      const float p = exists ? exp2f(factor * scores.value[i] - shift) : 0.0f;
-      const float mask = (kept >> (8 * g + i)) & 1u ? keep_scale : 0.0f;
-      const float dscore = p * (dprobabilities.value[i] * mask - delta);
-      probabilities.element[i] = narrow<T>(p * mask);
-      dscores.element[i] = narrow<T>(exists ? dscore : 0.0f);
+  __device__ void run() {
+    for (int first_key = 0; first_key < sequence_.length; first_key += kKeys) {
+      __syncthreads();  // the last tile of keys has been written
+      load_keys(first_key);
+      dkv_.clear();
+      for (int first_query = 0; first_query < sequence_.length; first_query += kQueries)
+        take_queries(first_query, first_key);
+      write_key_gradients(first_key);
     }
-    const int target = at.row * kProbabilityStride + at.column(g, 0);
-    *reinterpret_cast<Pack<T>*>(memory.probabilities + target) = probabilities;
-    *reinterpret_cast<Pack<T>*>(memory.dscores + target) = dscores;
   }
-  __syncwarp();
-}
 
-template <typename T, int kDepth>
-__global__ void __launch_bounds__(kThreads)
-    key_gradient_kernel(AttentionProblem problem, AttentionBackward<T> data) {
-  const SequencePart part = sequence_part(problem, blockIdx.x, kRows);
-  if (part.first >= part.length) return;  // the whole block
-  const HeadRows<T> rows(problem, data, part, blockIdx.y);
-  const BackwardMemory<T, kDepth> memory;
-  Sums dk[kDepth / kFragment], dv[kDepth / kFragment];
-  clear(dk);
-  clear(dv);
-  load_keys<T, kDepth>(part, rows, part.first, memory);
-  for (int first_query = 0; first_query < part.length; first_query += kRows) {
-    __syncthreads();  // the last tile of queries and its scores have been read
-    load_queries<T, kDepth>(problem, data, part, rows, first_query, memory);
-    __syncthreads();
-    score_gradients<T, kDepth>(problem, part, rows.head, first_query, part.first, memory);
-    __syncthreads();
-    // Warp w has keys 16 w .. 16 w + 15: columns of the scores, summed over all queries.
-    multiply_add<ColumnsA<T>, T, kDepth>(memory.probabilities, memory.douts, dv);
-    multiply_add<ColumnsA<T>, T, kDepth>(memory.dscores, memory.queries, dk);
-  }
-  __syncthreads();  // the scores have been read: their memory is free
-  T* const gradient = data.dqkv + part.row * rows.columns.stride;
-  write_rows<T, kDepth>(dk, problem.scale, memory.scores, part.first, part.length, rows.head_size,
-                        gradient + rows.columns.k, rows.columns.stride);
-  write_rows<T, kDepth>(dv, 1.0f, memory.scores, part.first, part.length, rows.head_size,
-                        gradient + rows.columns.v, rows.columns.stride);
-}
+ private:
+  static constexpr int kStride = stride_of(kDepth);
+  static constexpr int kHalf = kKeys / 2;  ///< columns of scores in registers at a time
 
-template <typename T, int kDepth>
-__global__ void __launch_bounds__(kThreads)
-    query_gradient_kernel(AttentionProblem problem, AttentionBackward<T> data) {
-  const SequencePart part = sequence_part(problem, blockIdx.x, kRows);
-  if (part.first >= part.length) return;  // the whole block
-  const HeadRows<T> rows(problem, data, part, blockIdx.y);
-  const BackwardMemory<T, kDepth> memory;
-  Sums dq[kDepth / kFragment];
-  clear(dq);
-  load_queries<T, kDepth>(problem, data, part, rows, part.first, memory);
-  for (int first_key = 0; first_key < part.key_length; first_key += kRows) {
-    __syncthreads();  // the last tile of keys has been read
-    load_keys<T, kDepth>(part, rows, first_key, memory);
-    __syncthreads();
-    score_gradients<T, kDepth>(problem, part, rows.head, part.first, first_key, memory);
-    multiply_add<RowsA<T>, T, kDepth>(memory.dscores, memory.keys, dq);
+  __device__ void load_keys(int first_key) {
+    const T* const tile = data_.qkv + (sequence_.row + first_key) * columns_.stride;
+    const int count = sequence_.key_length - first_key;
+    load_tile<kKeys, kDepth>(tile + columns_.k, columns_.stride, count, size_, tiles_.keys);
+    load_tile<kKeys, kDepth>(tile + columns_.v, columns_.stride, count, size_, tiles_.values);
   }
-  __syncthreads();  // the scores have been read: their memory is free
-  write_rows<T, kDepth>(dq, problem.scale, memory.scores, part.first, part.length, rows.head_size,
-                        data.dqkv + part.row * rows.columns.stride + rows.columns.q,
-                        rows.columns.stride);
+
+  __device__ void load_queries(int first_query) {
+    const std::int64_t token = sequence_.row + first_query, hidden = problem_.hidden_size();
+    const int count = sequence_.length - first_query;
+    load_tile<kQueries, kDepth>(data_.qkv + token * columns_.stride + columns_.q, columns_.stride,
+                                count, size_, tiles_.queries);
+    load_tile<kQueries, kDepth>(data_.dout + token * hidden + columns_.q, hidden, count, size_,
+                                tiles_.douts);
+    load_row_numbers(token, count);
+  }
+
+  /// log_sum_exp, and delta: the inner product of dout and out. Two threads share a row.
+  __device__ void load_row_numbers(std::int64_t token, int count) {
+    const int row = static_cast<int>(threadIdx.x / 2), side = static_cast<int>(threadIdx.x % 2);
+    const std::int64_t offset = (token + row) * problem_.hidden_size() + columns_.q;
+    float delta = 0.0f;
+    if (row < count) {
+#pragma unroll 1
+      for (int column = 8 * side; column < size_; column += 16) {
+        const Eight out = load_eight(data_.out + offset, column, 0, size_);
+        const Eight dout = load_eight(data_.dout + offset, column, 0, size_);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) delta += out.value[i] * dout.value[i];
+      }
+    }
+    delta += __shfl_xor_sync(kWholeWarp, delta, 1);
+    if (side != 0) return;
+    tiles_.delta[row] = delta;
+    // Rows behind the sequence get the probability exp2(-inf) = 0.
+    tiles_.log_sum_exp[row] =
+        row < count ? data_.log_sum_exp[(token + row) * problem_.heads + head_] : INFINITY;
+  }
+
+  /// A tile of queries and one of keys.
+  __device__ void take_queries(int first_query, int first_key) {
+    const bool stays = sequence_.length <= kQueries;
+    if (!stays || first_key == 0) {
+      __syncthreads();  // the last tile of queries has been read
+      load_queries(first_query);
+    }
+    __syncthreads();
+    const int own_query = first_query + warp() * kWarpRows;
+    const bool is_there = own_query < sequence_.length;
+    if (is_there) {
+      if (!stays || first_key % 128 == 0)
+        kept_ = kept_scores(problem_.dropout, sequence_.sample_key, head_, own_query,
+                            first_key / 128 * 128);
+      fetch_query_gradients(own_query, first_key, stays);
+      make_dscores(first_key);
+    }
+    __syncthreads();
+    add_key_gradients(sequence_.length - first_query);
+    if (first_key + kKeys < sequence_.length) {
+      if (is_there && !stays)
+        visit_waiting(own_query, [](float sum, float& waiting) { waiting = sum; });
+      return;
+    }
+    __syncthreads();  // the queries have been read: their memory is free
+    if (is_there) write_query_gradients(own_query);
+  }
+
+  /// Probabilities and dscores = p (dropout(dp) - delta) of this warp's queries, and its part of
+  /// dq.
+  __device__ void make_dscores(int first_key) {
+    const int row = warp() * kWarpRows, count = sequence_.key_length - first_key;
+    const float factor = problem_.scale * kLog2E, keep_scale = problem_.dropout.scale();
+    const std::uint32_t kept = kept_.of_tile(first_key);
+    float shift[2], delta[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      shift[r] = tiles_.log_sum_exp[row + sum_row() + 8 * r] * kLog2E;
+      delta[r] = tiles_.delta[row + sum_row() + 8 * r];
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const T* const keys = tiles_.keys + half * kHalf * kStride;
+      Sums<kHalf> p = scores_of<kHalf, T, kDepth>(left_rows(tiles_.queries), keys);
+      Sums<kHalf> dp = scores_of<kHalf, T, kDepth>(left_rows(tiles_.douts),
+                                                   tiles_.values + half * kHalf * kStride);
+#pragma unroll
+      for (int n = 0; n < kHalf / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int block = half * (kHalf / 8) + n, r = i / 2, j = i % 2;
+          const bool exists = 8 * block + sum_column() + j < count;
+          const float mask = is_kept(kept, r, block, j) ? keep_scale : 0.0f;
+          const float probability = exists ? fast_exp2(factor * p.block[n][i] - shift[r]) : 0.0f;
+          const float dscore = probability * (dp.block[n][i] * mask - delta[r]);
+          p.block[n][i] = probability * mask;
+          dp.block[n][i] = exists ? dscore : 0.0f;
+        }
+      }
+      const int target = row * kScoreStride + half * kHalf;
+      store_sums(p, tiles_.probabilities + target, kScoreStride);
+      store_sums(dp, tiles_.dscores + target, kScoreStride);
+#pragma unroll
+      for (int n = 0; n < kHalf / 16; ++n)
+        add_product<T, kDepth>(left_of<T>(dp, n), keys + 16 * n * kStride, dq_);
+    }
+  }
+
+  /// This warp's 16 rows of a tile as left factor.
+  __device__ auto left_rows(const T* tile) const {
+    const T* const rows = tile + warp() * kWarpRows * kStride;
+    return [rows](int k) { return load_left(rows + 16 * k, kStride); };
+  }
+
+  /// dk or dv of this warp's 16 keys, from up to `count` queries of the tile.
+  __device__ void add_key_gradients(int count) {
+    const int key = warp() % kKeyWarps * kWarpRows;
+    const T* const left = (owns_dk() ? tiles_.dscores : tiles_.probabilities) + key;
+    const T* const right = owns_dk() ? tiles_.queries : tiles_.douts;
+    for (int query = 0; query < min(count, kQueries); query += kWarpRows) {
+      add_product<T, kDepth>(load_left_transposed(left + query * kScoreStride, kScoreStride),
+                             right + query * kStride, dkv_);
+    }
+  }
+  __device__ static bool owns_dk() { return warp() >= kKeyWarps; }
+
+  __device__ void write_key_gradients(int first_key) {
+    const int key = warp() % kKeyWarps * kWarpRows, count = sequence_.length - first_key - key;
+    const float scale = owns_dk() ? problem_.scale : 1.0f;
+    T* const gradient = data_.dqkv + (sequence_.row + first_key + key) * columns_.stride +
+                        (owns_dk() ? columns_.k : columns_.v);
+    // Of these tiles the warps have taken what they need.
+    T* const staging = (owns_dk() ? tiles_.keys : tiles_.values) + key * kStride;
+    write_rows<T, kDepth>(dkv_, {scale, scale}, staging, count, size_, gradient, columns_.stride);
+  }
+
+  __device__ void write_query_gradients(int own_query) {
+    write_rows<T, kDepth>(
+        dq_, {problem_.scale, problem_.scale}, tiles_.queries + warp() * kWarpRows * kStride,
+        sequence_.length - own_query, size_,
+        data_.dqkv + (sequence_.row + own_query) * columns_.stride + columns_.q, columns_.stride);
+  }
+
+  __device__ void fetch_query_gradients(int own_query, int first_key, bool stays) {
+    if (first_key == 0) return dq_.clear();
+    if (!stays) visit_waiting(own_query, [](float& sum, float waiting) { sum = waiting; });
+  }
+
+  /// Calls `visit` with each sum of dq and where it waits.
+  template <typename Visit>
+  __device__ void visit_waiting(int own_query, const Visit& visit) {
+#pragma unroll
+    for (int n = 0; n < kDepth / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int query = own_query + sum_row() + 8 * (i / 2),
+                  column = 8 * n + sum_column() + i % 2;
+        if (query >= sequence_.length || column >= size_) continue;
+        visit(dq_.block[n][i],
+              data_.dq[(sequence_.row + query) * problem_.hidden_size() + columns_.q + column]);
+      }
+    }
+  }
+
+  const AttentionProblem problem_;
+  const AttentionBackward<T> data_;
+  const SequencePart sequence_;
+  const std::int64_t head_;
+  const HeadColumns columns_;
+  const int size_;
+  const BackwardTiles<T, kDepth> tiles_;
+  Sums<kDepth> dq_, dkv_;
+  KeptScores kept_;
+};
+
+/// Block (sequence, head).
+template <typename T, int kDepth>
+__global__ void __launch_bounds__(kBackwardThreads, kDepth <= 64 ? 2 : 1)
+    backward_kernel(AttentionProblem problem, AttentionBackward<T> data) {
+  const SequencePart sequence = part_of_sequence(problem, blockIdx.x, 0);
+  if (sequence.length == 0) return;  // the whole block
+  BackwardHead<T, kDepth>(problem, data, sequence, blockIdx.y).run();
 }
 
 }  // namespace bitfall::attention_tiles

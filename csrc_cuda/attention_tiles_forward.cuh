@@ -6,143 +6,140 @@
 
 namespace bitfall::attention_tiles {
 
-/// Running maximum (in powers of two) and sum of a row; the same in both of its lanes.
-struct RowState {
-  float largest = -INFINITY, total = 0.0f;
+inline constexpr int kForwardQueries = 64;  ///< of a block
+inline constexpr int kForwardThreads = kForwardQueries / kWarpRows * kWarpThreads;
+template <int kDepth>
+inline constexpr int kForwardBytes = 3 * tile_bytes(kKeys, kDepth);
+static_assert(kForwardQueries == kKeys);
+
+/// What is known of this lane's two rows: their maximum (in powers of two) and sum so far.
+struct RowStates {
+  float largest[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
 };
 
-/// Takes the scores of one tile into the row's state and writes exp2(score - largest), with
-/// dropout, as T to `probabilities`. Returns what earlier results of the row must be multiplied by.
-template <typename T>
-__device__ inline float softmax_tile(const AttentionProblem& problem, const SequencePart& part,
-                                     std::int64_t head, int first_key, const float* scores,
-                                     T* probabilities, RowState& state) {
-  const ScoreRow at;
-  const float factor = problem.scale * kLog2E;
-  float p[4][8];
-  float largest = -INFINITY;
+/// Turns scores of `count` keys, times `factor`, into 2^(score - largest). Returns what earlier
+/// results of this lane's rows must be multiplied by.
+__device__ inline float2 softmax(Sums<kKeys>& scores, float factor, int count, RowStates& state) {
+  float correction[2];
 #pragma unroll
-  for (int g = 0; g < 4; ++g) {
-    const Eight eight = load_packs(scores + at.row * kScoreStride + at.column(g, 0));
+  for (int r = 0; r < 2; ++r) {
+    float largest = -INFINITY;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const bool exists = first_key + at.column(g, i) < part.key_length;
-      p[g][i] = exists ? factor * eight.value[i] : -INFINITY;
-      largest = fmaxf(largest, p[g][i]);
+    for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float& score = scores.block[n][2 * r + j];
+        if (8 * n + sum_column() + j >= count) score = -INFINITY;
+        largest = fmaxf(largest, score);
+      }
     }
-  }
-  const float new_largest = fmaxf(state.largest, row_max(largest));
-  const std::uint32_t kept = kept_columns(
-      problem.dropout, part.sample_key, dropout_row(head, part.first + at.row), first_key, at.side);
-  const float keep_scale = problem.dropout.scale();
-  float total = 0.0f;
+    const float new_largest = fmaxf(state.largest[r], factor * row_max(largest));
+    float total = 0.0f;
 #pragma unroll
-  for (int g = 0; g < 4; ++g) {
-    Pack<T> pack;
+    for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const bool exists = first_key + at.column(g, i) < part.key_length;
-      const float value = exists ? exp2f(p[g][i] - new_largest) : 0.0f;
-      total += value;
-      const bool keep = (kept >> (8 * g + i)) & 1u;
-      pack.element[i] = narrow<T>(value * (keep ? keep_scale : 0.0f));
+      for (int j = 0; j < 2; ++j) {
+        float& p = scores.block[n][2 * r + j];
+        p = fast_exp2(factor * p - new_largest);
+        total += p;
+      }
     }
-    *reinterpret_cast<Pack<T>*>(probabilities + at.row * kProbabilityStride + at.column(g, 0)) =
-        pack;
+    correction[r] = fast_exp2(state.largest[r] - new_largest);
+    state.total[r] = state.total[r] * correction[r] + row_sum(total);
+    state.largest[r] = new_largest;
   }
-  const float correction = exp2f(state.largest - new_largest);
-  state.total = state.total * correction + row_sum(total);
-  state.largest = new_largest;
-  return correction;
+  return {correction[0], correction[1]};
 }
 
-/// out [16, kDepth] of this warp = correction * out + probabilities times values.
+__device__ inline void drop(std::uint32_t kept, Sums<kKeys>& probabilities) {
+#pragma unroll
+  for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (!is_kept(kept, i / 2, n, i % 2)) probabilities.block[n][i] = 0.0f;
+    }
+  }
+}
+
+/// out = correction * out + probabilities times values, of which `count` rows are there.
 template <typename T, int kDepth>
-__device__ inline void add_values(const T* probabilities, const T* values, float correction,
-                                  bool is_first, float* out) {
-  constexpr int kStride = kResultStride<kDepth>;
-  const ScoreRow at;
-  const int first = static_cast<int>(threadIdx.x / 32) * kFragment;
-  Sums sums[kDepth / kFragment];
-  if (is_first) {
-    clear(sums);
-  } else {
-    for (int column = at.side; column < kDepth; column += 2)
-      out[at.row * kStride + column] *= correction;
-    __syncwarp();
+__device__ inline void add_values(const Sums<kKeys>& probabilities, float2 correction, int count,
+                                  const T* values, Sums<kDepth>& out) {
+  out.multiply(correction);
 #pragma unroll
-    for (int n = 0; n < kDepth / kFragment; ++n) {
-      wmma::load_matrix_sync(sums[n], out + first * kStride + n * kFragment, kStride,
-                             wmma::mem_row_major);
-    }
+  for (int n = 0; n < kKeys / 16; ++n) {
+    if (16 * n >= count) break;
+    add_product<T, kDepth>(left_of<T>(probabilities, n), values + 16 * n * stride_of(kDepth), out);
   }
-  multiply_add<RowsA<T>, T, kDepth>(probabilities, values, sums);
-#pragma unroll
-  for (int n = 0; n < kDepth / kFragment; ++n) {
-    wmma::store_matrix_sync(out + first * kStride + n * kFragment, sums[n], kStride,
-                            wmma::mem_row_major);
-  }
-  __syncwarp();
 }
 
+/// `staging`: 16 rows of this warp.
 template <typename T, int kDepth>
 __device__ inline void write_output(const AttentionProblem& problem,
                                     const AttentionForward<T>& data, const SequencePart& part,
-                                    std::int64_t head, const RowState& state, const float* out) {
-  const ScoreRow at;
-  const int query = part.first + at.row;
-  if (query >= part.length) return;
-  const std::int64_t token = part.row + query;
-  T* const row = data.out + token * problem.hidden_size() + head * problem.head_size;
-  const float inverse = 1.0f / state.total;
-  for (int column = 8 * at.side; column < kDepth; column += 16) {
-    Eight values;
+                                    std::int64_t head, int first_query, const RowStates& state,
+                                    Sums<kDepth>& out, T* staging) {
+  const std::int64_t token = part.row + first_query;
+  const int count = part.length - first_query;
+  const float scale = problem.dropout.scale();
+  write_rows<T, kDepth>(out, {scale / state.total[0], scale / state.total[1]}, staging, count,
+                        static_cast<int>(problem.head_size),
+                        data.out + token * problem.hidden_size() + head * problem.head_size,
+                        problem.hidden_size());
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      values.value[i] = inverse * out[at.row * kResultStride<kDepth> + column + i];
-    store_eight(row, column, 0, problem.head_size, values);
-  }
-  if (at.side == 0) {
-    data.log_sum_exp[token * problem.heads + head] = (state.largest + log2f(state.total)) * kLn2;
+  for (int r = 0; r < 2; ++r) {
+    const int row = sum_row() + 8 * r;
+    if (sum_column() == 0 && row < count) {
+      data.log_sum_exp[(token + row) * problem.heads + head] =
+          (state.largest[r] + log2f(state.total[r])) * kLn2;
+    }
   }
 }
 
 template <typename T, int kDepth>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kForwardThreads, kDepth <= 64 ? 4 : 2)
     forward_kernel(AttentionProblem problem, AttentionForward<T> data) {
-  const SequencePart part = sequence_part(problem, blockIdx.x, kRows);
+  const SequencePart part = sequence_part(problem, blockIdx.x, kForwardQueries);
   if (part.first >= part.length) return;  // the whole block
   const std::int64_t head = blockIdx.y;
   const int size = static_cast<int>(problem.head_size);
   const HeadColumns columns(problem, head);
   const T* const rows = data.qkv + part.row * columns.stride;
   SharedMemory memory = shared_memory();
-  T* const queries = memory.take<T>(Tile<T, kDepth>::kBytes);
-  T* const keys = memory.take<T>(Tile<T, kDepth>::kBytes);
-  T* const values = memory.take<T>(Tile<T, kDepth>::kBytes);
-  float* const scores = memory.take<float>(kScoreBytes);
-  T* const probabilities = memory.take<T>(kProbabilityBytes);
-  float* const out = memory.take<float>(kRows * kResultStride<kDepth> * 4);
+  T* const queries = memory.take<T>(tile_bytes(kForwardQueries, kDepth));
+  T* const keys = memory.take<T>(tile_bytes(kKeys, kDepth));
+  T* const values = memory.take<T>(tile_bytes(kKeys, kDepth));
 
-  load_tile<T, kDepth>(rows + part.first * columns.stride + columns.q, columns.stride,
-                       part.length - part.first, size, queries);
-  RowState state;
-  for (int first_key = 0; first_key < part.key_length; first_key += kRows) {
+  load_tile<kForwardQueries, kDepth>(rows + part.first * columns.stride + columns.q, columns.stride,
+                                     part.length - part.first, size, queries);
+  __syncthreads();
+  T* const own_queries = queries + warp() * kWarpRows * stride_of(kDepth);
+  Matrices left[kDepth / 16];
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; ++k)
+    left[k] = load_left(own_queries + 16 * k, stride_of(kDepth));
+  const int first_query = part.first + warp() * kWarpRows;
+  Sums<kDepth> out;
+  out.clear();
+  RowStates state;
+  KeptScores kept;
+  for (int first_key = 0; first_key < part.key_length; first_key += kKeys) {
     const T* const tile = rows + first_key * columns.stride;
     const int count = part.key_length - first_key;
     __syncthreads();  // the last tile has been read
-    load_tile<T, kDepth>(tile + columns.k, columns.stride, count, size, keys);
-    load_tile<T, kDepth>(tile + columns.v, columns.stride, count, size, values);
+    load_tile<kKeys, kDepth>(tile + columns.k, columns.stride, count, size, keys);
+    load_tile<kKeys, kDepth>(tile + columns.v, columns.stride, count, size, values);
     __syncthreads();
-    // From here on a warp reads and writes its own 16 rows.
-    multiply_scores<T, kDepth>(queries, keys, scores);
-    __syncwarp();
-    const float correction =
-        softmax_tile(problem, part, head, first_key, scores, probabilities, state);
-    __syncwarp();
-    add_values<T, kDepth>(probabilities, values, correction, first_key == 0, out);
+    if (first_query >= part.length) continue;  // the whole warp
+    Sums<kKeys> scores = scores_of<kKeys, T, kDepth>([&](int k) { return left[k]; }, keys);
+    const float2 correction = softmax(scores, problem.scale * kLog2E, count, state);
+    if (first_key % 128 == 0)
+      kept = kept_scores(problem.dropout, part.sample_key, head, first_query, first_key);
+    drop(kept.of_tile(first_key), scores);
+    add_values(scores, correction, count, values, out);
   }
-  write_output<T, kDepth>(problem, data, part, head, state, out);
+  if (first_query < part.length)
+    write_output(problem, data, part, head, first_query, state, out, own_queries);
 }
 
 }  // namespace bitfall::attention_tiles

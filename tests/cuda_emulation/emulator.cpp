@@ -34,7 +34,7 @@ struct Fiber {
 
 /// Two sets of words in turn: nobody begins an exchange before all lanes have begun the last one.
 struct Warp {
-  std::array<std::uint64_t, 32> words[2];
+  std::array<Words, 32> words[2];
   std::size_t arrivals[2];
 };
 
@@ -169,13 +169,13 @@ void give_way() {
   yield();
 }
 
-std::array<std::uint64_t, 32> exchange_words(std::uint64_t word) {
+const std::array<Words, 32>& exchange_words(const Words& words) {
   Fiber& self = *running;
   Warp& warp = running_block->warps[self.number / 32];
   const std::size_t set = self.exchanges % 2;
   const std::size_t awaited = 32 * (self.exchanges / 2 + 1);
   ++self.exchanges;
-  warp.words[set][self.number % 32] = word;
+  warp.words[set][self.number % 32] = words;
   ++warp.arrivals[set];
   while (warp.arrivals[set] < awaited) {
     self.waiting = Waiting::for_warp;

@@ -47,8 +47,11 @@ void wait_for_block();
 void wait_for_other_blocks();
 /// Lets every other block in flight, and new ones for which there is room, go on first.
 void give_way();
-/// The words of all lanes of the warp, once each has brought its own.
-std::array<std::uint64_t, 32> exchange_words(std::uint64_t word);
+/// As much as a lane brings to a warp operation.
+using Words = std::array<std::uint64_t, 3>;
+/// The words of all lanes of the warp, once each has brought its own; valid until the lane's next
+/// exchange.
+const std::array<Words, 32>& exchange_words(const Words& words);
 void* dynamic_shared_memory();
 bool in_dynamic_shared_memory(const void* address);
 /// Calls `body` as every thread of every block.
@@ -56,9 +59,10 @@ void run(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<vo
 
 template <typename T>
 std::array<T, 32> exchange(T value) {
-  std::uint64_t word = 0;
-  std::memcpy(&word, &value, sizeof(value));
-  const std::array<std::uint64_t, 32> words = exchange_words(word);
+  static_assert(sizeof(T) <= sizeof(Words));
+  Words own{};
+  std::memcpy(&own, &value, sizeof(value));
+  const std::array<Words, 32>& words = exchange_words(own);
   std::array<T, 32> values;
   for (std::size_t i = 0; i < 32; ++i) std::memcpy(&values[i], &words[i], sizeof(T));
   return values;
