@@ -45,25 +45,33 @@ __device__ inline bool in_eights(const T* rows, std::int64_t stride, int head_si
   return aligned(rows) && stride % 8 == 0 && head_size % 8 == 0;
 }
 
+/// Eight elements on their way.
+struct alignas(16) EightRaw {
+  std::uint32_t word[4];
+};
+
 /// tile [kRows, kDepth] = `count` rows of `head_size` elements that lie `stride` apart, zeros
-/// around them. All threads take part; they must wait for each other before they read the tile.
-template <int kRows, int kDepth, typename T>
+/// around them. All kThreads threads take part; they must wait for each other before they read it.
+template <int kRows, int kDepth, int kThreads, typename T>
 __device__ inline void load_tile(const T* rows, std::int64_t stride, int count, int head_size,
                                  T* tile) {
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int thread = static_cast<int>(threadIdx.x);
   if (in_eights(rows, stride, head_size)) {
-#pragma unroll 4
-    for (int item = thread; item < kRows * (kDepth / 8); item += threads) {
+    constexpr int kItems = kRows * (kDepth / 8) / kThreads;
+    static_assert(kItems * kThreads == kRows * (kDepth / 8));
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const int item = thread + i * kThreads;
       const int row = item / (kDepth / 8), column = item % (kDepth / 8) * 8;
-      Pack<T> pack{};
+      EightRaw eight{};
       if (row < count && column < head_size)
-        pack = *reinterpret_cast<const Pack<T>*>(rows + row * stride + column);
-      *reinterpret_cast<Pack<T>*>(tile + row * stride_of(kDepth) + column) = pack;
+        eight = *reinterpret_cast<const EightRaw*>(rows + row * stride + column);
+      *reinterpret_cast<EightRaw*>(tile + row * stride_of(kDepth) + column) = eight;
     }
     return;
   }
 #pragma unroll 1
-  for (int item = thread; item < kRows * kDepth; item += threads) {
+  for (int item = thread; item < kRows * kDepth; item += kThreads) {
     const int row = item / kDepth, column = item % kDepth;
     const bool exists = row < count && column < head_size;
     tile[row * stride_of(kDepth) + column] = exists ? rows[row * stride + column] : T{};
@@ -207,8 +215,8 @@ __device__ inline void write_rows(Sums<kDepth>& sums, float2 factor, T* staging,
     for (int item = lane(); item < kWarpRows * (kDepth / 8); item += kWarpThreads) {
       const int row = item / (kDepth / 8), column = item % (kDepth / 8) * 8;
       if (row < count && column < head_size)
-        *reinterpret_cast<Pack<T>*>(rows + row * stride + column) =
-            *reinterpret_cast<const Pack<T>*>(staging + row * stride_of(kDepth) + column);
+        *reinterpret_cast<EightRaw*>(rows + row * stride + column) =
+            *reinterpret_cast<const EightRaw*>(staging + row * stride_of(kDepth) + column);
     }
     return;
   }

@@ -74,17 +74,19 @@ class BackwardHead {
   __device__ void load_keys(int first_key) {
     const T* const tile = data_.qkv + (sequence_.row + first_key) * columns_.stride;
     const int count = sequence_.key_length - first_key;
-    load_tile<kKeys, kDepth>(tile + columns_.k, columns_.stride, count, size_, tiles_.keys);
-    load_tile<kKeys, kDepth>(tile + columns_.v, columns_.stride, count, size_, tiles_.values);
+    load_tile<kKeys, kDepth, kBackwardThreads>(tile + columns_.k, columns_.stride, count, size_,
+                                               tiles_.keys);
+    load_tile<kKeys, kDepth, kBackwardThreads>(tile + columns_.v, columns_.stride, count, size_,
+                                               tiles_.values);
   }
 
   __device__ void load_queries(int first_query) {
     const std::int64_t token = sequence_.row + first_query, hidden = problem_.hidden_size();
     const int count = sequence_.length - first_query;
-    load_tile<kQueries, kDepth>(data_.qkv + token * columns_.stride + columns_.q, columns_.stride,
-                                count, size_, tiles_.queries);
-    load_tile<kQueries, kDepth>(data_.dout + token * hidden + columns_.q, hidden, count, size_,
-                                tiles_.douts);
+    load_tile<kQueries, kDepth, kBackwardThreads>(data_.qkv + token * columns_.stride + columns_.q,
+                                                  columns_.stride, count, size_, tiles_.queries);
+    load_tile<kQueries, kDepth, kBackwardThreads>(data_.dout + token * hidden + columns_.q, hidden,
+                                                  count, size_, tiles_.douts);
     load_row_numbers(token, count);
   }
 

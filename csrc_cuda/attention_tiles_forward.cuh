@@ -110,8 +110,9 @@ __global__ void __launch_bounds__(kForwardThreads, kDepth <= 64 ? 4 : 2)
   T* const keys = memory.take<T>(tile_bytes(kKeys, kDepth));
   T* const values = memory.take<T>(tile_bytes(kKeys, kDepth));
 
-  load_tile<kForwardQueries, kDepth>(rows + part.first * columns.stride + columns.q, columns.stride,
-                                     part.length - part.first, size, queries);
+  load_tile<kForwardQueries, kDepth, kForwardThreads>(
+      rows + part.first * columns.stride + columns.q, columns.stride, part.length - part.first,
+      size, queries);
   __syncthreads();
   T* const own_queries = queries + warp() * kWarpRows * stride_of(kDepth);
   Matrices left[kDepth / 16];
@@ -127,8 +128,9 @@ __global__ void __launch_bounds__(kForwardThreads, kDepth <= 64 ? 4 : 2)
     const T* const tile = rows + first_key * columns.stride;
     const int count = part.key_length - first_key;
     __syncthreads();  // the last tile has been read
-    load_tile<kKeys, kDepth>(tile + columns.k, columns.stride, count, size, keys);
-    load_tile<kKeys, kDepth>(tile + columns.v, columns.stride, count, size, values);
+    load_tile<kKeys, kDepth, kForwardThreads>(tile + columns.k, columns.stride, count, size, keys);
+    load_tile<kKeys, kDepth, kForwardThreads>(tile + columns.v, columns.stride, count, size,
+                                              values);
     __syncthreads();
     if (first_query >= part.length) continue;  // the whole warp
     Sums<kKeys> scores = scores_of<kKeys, T, kDepth>([&](int k) { return left[k]; }, keys);
