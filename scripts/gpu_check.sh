@@ -4,29 +4,32 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-usage: scripts/gpu_check.sh [--out DIR] [BUILD]
+usage: scripts/gpu_check.sh [--out DIR] [--only NAMES] [BUILD]
        scripts/gpu_check.sh --bundle DIR [BUILD]
 
-On a machine with an NVIDIA GPU: runs the tests of operations, memcheck, initcheck and racecheck
-passes of them (if compute-sanitizer is there), a training beside the CPU's, two ranks on one GPU
-(if mpirun is there) and the benchmarks, beside PyTorch if `python3` has it with transformers. Leaves
-results.json, a table and the logs.
+On a machine with an NVIDIA GPU: runs the tests of operations, a training beside the CPU's, two ranks
+on one GPU (if mpirun is there), the benchmarks, beside PyTorch if `python3` has it with
+transformers, and memcheck, racecheck and initcheck passes of the tests (if compute-sanitizer is
+there). What has not begun after ten minutes is left out. Leaves results.json, a table and the logs.
 
   BUILD         build folder with tests and CUDA (default: build/dev), or a bundle
   --out DIR     where the results go (default: build/gpu_check)
+  --only NAMES  runs the steps of these names alone, a regular expression: 'memcheck_.*|racecheck_.*'
   --bundle DIR  copies what the check needs from BUILD into DIR and DIR.tar.xz, to carry to a machine
                 where nothing can be fetched; there: DIR/gpu_check.sh DIR. NVIDIA's libraries must
-                be there.
+                be there: in /usr/local, /usr/lib, /opt or the packages of python3.
   --help        this text
 
 Exit code 1 if anything failed.
 TEXT
 }
 
-out=build/gpu_check bundle="" build=""
+readonly time_limit=580  # seconds for all of it
+out=build/gpu_check bundle="" build="" only=".*"
 while (($#)); do
   case $1 in
     --out) out=$2 && shift 2 ;;
+    --only) only=$2 && shift 2 ;;
     --bundle) bundle=$2 && shift 2 ;;
     --help | -h) usage && exit 0 ;;
     -*) echo "gpu_check.sh: unknown option '$1' (see --help)" >&2 && exit 2 ;;
@@ -80,7 +83,26 @@ fi
 mkdir -p "$out"
 rm -f "$out"/*.log "$out"/results.json
 export BITFALL_CUDA_LIBRARY=$library
-[[ -d $build/lib ]] && export LD_LIBRARY_PATH=$build/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+
+# Libraries that this machine does not find: a bundle's, and cuBLASLt where CUDA or PyTorch has it.
+# They come behind the machine's own, which others may need in the version that is there.
+libraries=$(mktemp -d)
+trap 'rm -rf "$libraries"' EXIT
+programs=(env "LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$libraries")
+missing() { "${programs[@]}" ldd "$library" "$(find_file gpu_check)" 2>/dev/null | awk '/=> not found/ {print $1}'; }
+find_library() {
+  local packages
+  packages=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))' 2>/dev/null) || packages=/usr/lib
+  find "$build/lib" /usr/local /usr/lib /opt "$packages" -name "$1" -print -quit 2>/dev/null || true
+}
+for _ in 1 2 3; do  # a library that is found may need others
+  while read -r name; do
+    found=$(find_library "$name")
+    [[ -z $found ]] || ln -sf "$(realpath "$found")" "$libraries/$name"
+  done < <(missing | sort -u)
+done
+[[ -z $(missing) ]] || echo "gpu_check.sh: not found: $(missing | sort -u | paste -sd' ')" >&2
+
 lines=()
 failed=0
 
@@ -93,51 +115,71 @@ record() {
 
 # step NAME LIMIT COMMAND...: one line of the table; the log keeps the rest.
 step() {
-  local name=$1 limit=$2 log="$out/$1.log" began=$SECONDS status=passed detail
+  local name=$1 limit=$2 log="$out/$1.log" began=$SECONDS status=passed detail code=0
   shift 2
-  timeout "$limit" "$@" >"$log" 2>&1 || status=failed
+  [[ $name =~ ^($only)$ ]] || return 0
+  local left=$((time_limit - SECONDS))
+  if ((left < 10)); then
+    record "$name" skipped 0 "no time left: --only '$name' runs it alone"
+    return
+  fi
+  ((limit < left)) || limit=$left
+  timeout -k 5 "$limit" "$@" >"$log" 2>&1 || code=$?
+  ((code == 0)) || status=failed
   detail=$(grep -aE '^\[  (PASSED|FAILED|SKIPPED)' "$log" | grep -aoE '(PASSED|FAILED|SKIPPED).*[0-9]+ tests?' |
     tr -d ']' | tr -s ' ' | paste -sd, - || true)
   # A device that is not found skips every test: that is no pass here.
-  if grep -aq 'no GPU:' "$log"; then status=failed detail=$(grep -a -m1 'no GPU:' "$log" | tr -d '"'); fi
-  record "$name" "$status" $((SECONDS - began)) "$detail"
+  if grep -aq 'no GPU:' "$log"; then status=failed detail=$(grep -a -m1 'no GPU:' "$log"); fi
+  if ((code == 124 || code == 137)); then
+    detail="stopped after $limit s"
+  elif [[ $status == failed && -z $detail ]]; then
+    detail=$(grep -av '^{"check"' "$log" | grep -a . | tail -n 1 | cut -c 1-200 || true)
+  fi
+  record "$name" "$status" $((SECONDS - began)) "${detail//[$'"\\'[:cntrl:]]/ }"
+}
+
+# unable NAME WHY: a step that cannot be run here.
+unable() {
+  [[ ! $1 =~ ^($only)$ ]] || record "$1" skipped 0 "$2"
 }
 
 for name in "${tests[@]}"; do
-  step "${name}_test" 120 "$(find_file "${name}_test")" --gtest_filter='*cuda*'
+  step "${name}_test" 120 "${programs[@]}" "$(find_file "${name}_test")" --gtest_filter='*cuda*'
 done
+step compare 120 "${programs[@]}" "$(find_file gpu_check)" compare
+if command -v mpirun >/dev/null; then
+  step ranks 60 "${programs[@]}" BITFALL_SHARE_GPU=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
+    mpirun --oversubscribe -np 2 "$(find_file gpu_check)" ranks
+else
+  unable ranks "no mpirun"
+fi
+step speed 180 "${programs[@]}" "$(find_file gpu_check)" speed
+if python3 -c 'import torch, transformers; assert torch.cuda.is_available()' >/dev/null 2>&1; then
+  step pytorch 240 python3 "$workers/torch_gpu.py" "$out/speed.log" 160
+else
+  unable pytorch "not measured: python3 has no PyTorch and transformers that see the GPU"
+fi
 
 sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer || true)
-for tool in memcheck initcheck racecheck; do
+for tool in memcheck racecheck initcheck; do
   for name in adam fake_quantize attention attention_tangent layer_norm embedding; do
     if [[ -z $sanitizer ]]; then
-      record "${tool}_$name" skipped 0 "no compute-sanitizer"
+      unable "${tool}_$name" "no compute-sanitizer"
     else
-      step "${tool}_$name" 60 "$sanitizer" --tool "$tool" --error-exitcode 1 \
+      step "${tool}_$name" 60 "${programs[@]}" "$sanitizer" --tool "$tool" --error-exitcode 1 \
         "$(find_file "${name}_test")" --gtest_filter='*cuda*'
     fi
   done
 done
 
-step compare 120 "$(find_file gpu_check)" compare
-if command -v mpirun >/dev/null; then
-  step ranks 60 env BITFALL_SHARE_GPU=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
-    mpirun --oversubscribe -np 2 "$(find_file gpu_check)" ranks
-else
-  record ranks skipped 0 "no mpirun"
-fi
-step speed 180 "$(find_file gpu_check)" speed
-if python3 -c 'import torch, transformers; assert torch.cuda.is_available()' >/dev/null 2>&1; then
-  step pytorch 300 python3 "$workers/torch_gpu.py" "$out/speed.log" 200
-else
-  record pytorch skipped 0 "not measured: python3 has no PyTorch and transformers that see the GPU"
-fi
+((${#lines[@]} > 0)) || fail "no step is named '$only'"
 
 # The lines of JSON that programs print, one result each.
 values=$(cat "$out"/{compare,ranks,speed,pytorch}.log 2>/dev/null | grep -a '^{"check"' || true)
 field() { sed -nE "s/.*\"$1\": (\"([^\"]*)\"|([^,}]*)).*/\2\3/p" <<<"$2"; }
 printf '\n%-10s %-13s %-18s %s\n' value unit target what
 while read -r line; do
+  [[ -n $line ]] || continue
   target="$(field bound "$line") $(field limit "$line")" verdict=""
   [[ $target != *null ]] || target=""
   [[ $(field passed "$line") == true ]] || verdict=" MISSED"

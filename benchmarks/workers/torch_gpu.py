@@ -124,10 +124,20 @@ def bitfall_seconds(log: Path) -> dict[str, float]:
     return {result["check"]: result["value"] for result in results}
 
 
+def measured(peer: Callable[[], float]) -> float | None:
+    """Its seconds; None, and why on stderr, where it fails: no compiler, say, or no memory."""
+    try:
+        return peer()
+    except Exception as error:  # the other measurements count without it
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return None
+
+
 def comparisons(ours: dict[str, float], enough: Callable[[], bool]) -> Iterator[dict[str, object]]:
     def compare(name: str, target: float, peers: dict[str, Callable[[], float]]):
         """`peers`: mode -> seconds of PyTorch in it, of which the smallest counts."""
-        seconds = {mode: peer() for mode, peer in peers.items() if not enough()}
+        tried = {mode: measured(peer) for mode, peer in peers.items() if not enough()}
+        seconds = {mode: value for mode, value in tried.items() if value is not None}
         if name not in ours or not seconds:
             return {"check": f"{name}: not measured beside PyTorch", "passed": True}
         best = min(seconds, key=lambda mode: seconds[mode])
