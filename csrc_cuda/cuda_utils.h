@@ -15,8 +15,10 @@ namespace bitfall {
 
 /// Throws BackendError that names `call` unless `code` is cudaSuccess.
 inline void cuda_check(cudaError_t code, const char* call) {
-  check<BackendError>(code == cudaSuccess, call, " failed on the GPU: ", cudaGetErrorName(code),
-                      " (", cudaGetErrorString(code), ")");
+  if (code == cudaSuccess) return;
+  cudaGetLastError();  // CUDA keeps it, and the next launch would be blamed
+  throw BackendError(concat(call, " failed on the GPU: ", cudaGetErrorName(code), " (",
+                            cudaGetErrorString(code), ")"));
 }
 
 /// The same for the kernel that was just launched by `operation`.

@@ -31,6 +31,7 @@ GraphRecorder::Graph GraphRecorder::record(const std::function<void()>& work) co
   } catch (...) {
     cudaStreamEndCapture(stream, &recorded);
     if (recorded != nullptr) cudaGraphDestroy(recorded);
+    cudaGetLastError();  // of a recording that has become invalid
     throw;
   }
   cuda_check(cudaStreamEndCapture(stream, &recorded), "cudaStreamEndCapture");

@@ -47,6 +47,21 @@ std::string why_not_nccl(const CudaBackend& backend, Communicator& host) {
   return {};
 }
 
+CudaDevice describe(int index) {
+  cudaDeviceProp properties{};
+  cuda_check(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
+  CudaDevice device{
+      properties.name, properties.major, properties.minor, properties.totalGlobalMem, {}};
+  if (properties.major < kOldestCompute) {
+    device.problem =
+        concat("GPU ", index, " (", device.name, ") has compute capability ", device.compute_major,
+               ".", device.compute_minor, ", expected ", kOldestCompute,
+               ".0 or more: use --device cpu, or name another GPU in "
+               "CUDA_VISIBLE_DEVICES");
+  }
+  return device;
+}
+
 class Plugin final : public CudaPlugin {
  public:
   std::vector<CudaDevice> devices() const override {
@@ -57,12 +72,7 @@ class Plugin final : public CudaPlugin {
                         " (", cudaGetErrorName(code), "); this build needs a driver for CUDA ",
                         CUDART_VERSION / 1000);
     std::vector<CudaDevice> devices;
-    for (int index = 0; index < count; ++index) {
-      cudaDeviceProp properties{};
-      cuda_check(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
-      devices.push_back(
-          {properties.name, properties.major, properties.minor, properties.totalGlobalMem});
-    }
+    for (int index = 0; index < count; ++index) devices.push_back(describe(index));
     return devices;
   }
 
@@ -73,10 +83,7 @@ class Plugin final : public CudaPlugin {
                         "GPU ", device_index, ": CUDA shows ", all.size(),
                         " to this process; see CUDA_VISIBLE_DEVICES");
     const CudaDevice& device = all[static_cast<std::size_t>(device_index)];
-    check<BackendError>(device.compute_major >= kOldestCompute, "GPU ", device_index, " (",
-                        device.name, ") has compute capability ", device.compute_major, ".",
-                        device.compute_minor, ", expected ", kOldestCompute,
-                        ".0 or more: use --device cpu");
+    check<BackendError>(device.problem.empty(), device.problem);
     return std::make_unique<CudaBackend>(device_index, stream);
   }
 

@@ -20,6 +20,7 @@ struct CudaDevice {
   std::string name;
   int compute_major = 0, compute_minor = 0;  ///< compute capability
   std::size_t total_bytes = 0;
+  std::string problem;  ///< why it cannot be used; empty if it can
 };
 
 class CudaPlugin {

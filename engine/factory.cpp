@@ -30,7 +30,7 @@ int gpu_of(int local_rank, std::size_t count) {
                       " are visible, and each process needs its own. Start at most ", count,
                       " per machine, or set ", kShareVariable,
                       "=1 to let processes share a GPU (slower: gradients then travel through "
-                      "host memory)");
+                      "host memory), or if the launcher shows each process one of its own");
   return local_rank;
 }
 
@@ -69,12 +69,13 @@ DeviceChoice choose_device(const std::string& wanted) {
                      "': expected 'auto', 'cpu' or 'cuda'");
   if (wanted == "cpu") return {"cpu", "as asked for"};
   const CudaLibrary& cuda = cuda_library();
-  if (cuda.problem.empty()) {
+  const std::string& problem = cuda.problem.empty() ? cuda.devices.front().problem : cuda.problem;
+  if (problem.empty()) {
     return {"cuda", concat(cuda.devices.size(), cuda.devices.size() == 1 ? " GPU: " : " GPUs: ",
                            describe(cuda.devices.front()))};
   }
-  check<BackendError>(wanted == "auto", "device cuda: ", cuda.problem);
-  return {"cpu", cuda.problem};
+  check<BackendError>(wanted == "auto", "device cuda: ", problem);
+  return {"cpu", problem};
 }
 
 std::string cpu_isa() { return std::string(name(choose_isa())); }

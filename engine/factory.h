@@ -32,7 +32,7 @@ struct DeviceChoice {
   std::string reason;  ///< what was found, in words
 };
 
-/// Throws ConfigError for another name, BackendError for "cuda" without a usable GPU.
+/// Throws ConfigError for another name, BackendError for "cuda" unless the first GPU is usable.
 DeviceChoice choose_device(const std::string& wanted);
 
 /// Instruction set of the CPU kernels ("generic", "avx2", ...), as chosen at run time.

@@ -72,7 +72,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t description
                               const void* b_data, cublasLtMatrixLayout_t b_layout, const void* beta,
                               const void*, cublasLtMatrixLayout_t, void* d_data,
                               cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t*, void*,
-                              std::size_t, cudaStream_t) {
+                              std::size_t, cudaStream_t stream) {
   const Matrix a{const_cast<void*>(a_data), *a_layout, description->operation[0]};
   const Matrix b{const_cast<void*>(b_data), *b_layout, description->operation[1]};
   const Matrix d{d_data, *d_layout};
@@ -89,6 +89,6 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t description
                         *static_cast<const float*>(alpha),
                         *static_cast<const float*>(beta),
                         description->epilogue == CUBLASLT_EPILOGUE_BIAS};
-  emulator::submit([product] { product.run(); });
+  emulator::submit(stream, [product] { product.run(); });
   return CUBLAS_STATUS_SUCCESS;
 }

@@ -236,12 +236,12 @@ std::map<void*, std::pair<void*, std::size_t>> mappings;
 
 cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
   emulator::check_not_recording("cudaMalloc");
-  if (bytes > std::size_t{1} << 40) return cudaErrorMemoryAllocation;
+  if (bytes > std::size_t{1} << 40) return emulated_failure(cudaErrorMemoryAllocation);
   const std::size_t rounded = (bytes + 31) / 32 * 32;
   const std::size_t total = (rounded + kPage - 1) / kPage * kPage + 2 * kPage;
   void* const mapping =
       mmap(nullptr, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapping == MAP_FAILED) return cudaErrorMemoryAllocation;
+  if (mapping == MAP_FAILED) return emulated_failure(cudaErrorMemoryAllocation);
   auto* const begin = static_cast<std::byte*>(mapping);
   mprotect(begin, kPage, PROT_NONE);
   mprotect(begin + total - kPage, kPage, PROT_NONE);
@@ -252,6 +252,7 @@ cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
 
 cudaError_t cudaFree(void* memory) {
   emulator::check_not_recording("cudaFree");
+  emulator::finish_all();
   const auto found = mappings.find(memory);
   if (found == mappings.end()) return cudaSuccess;
   munmap(found->second.first, found->second.second);
@@ -259,13 +260,13 @@ cudaError_t cudaFree(void* memory) {
   return cudaSuccess;
 }
 
-cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t) {
-  emulator::submit([=] { std::memset(memory, value, bytes); });
+cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t stream) {
+  emulator::submit(stream, [=] { std::memset(memory, value, bytes); });
   return cudaSuccess;
 }
 
 cudaError_t cudaMemcpyAsync(void* destination, const void* source, std::size_t bytes,
-                            cudaMemcpyKind, cudaStream_t) {
-  emulator::submit([=] { std::memmove(destination, source, bytes); });
+                            cudaMemcpyKind, cudaStream_t stream) {
+  emulator::submit(stream, [=] { std::memmove(destination, source, bytes); });
   return cudaSuccess;
 }

@@ -8,6 +8,9 @@
 // they take tickets (atomicAdd of 64 bits), as each would on a GPU. If all of them wait, that is a
 // deadlock too.
 //
+// Work is done at once. With EMULATED_STREAMS=lazy in the environment it is done when somebody
+// waits for it, so that what is read too early, or changed while it is still to be read, is wrong.
+//
 // What it cannot find: races within a warp between two waits, the rounding of tensor cores and
 // fused multiply-add, limits of registers, anything about speed.
 #pragma once
@@ -68,16 +71,19 @@ std::array<T, 32> exchange(T value) {
   return values;
 }
 
-/// Does `work` now or, while a stream is recorded, keeps it for the graph.
-void submit(std::function<void()> work);
+/// Does `work` in `stream`: now, or when somebody waits for it (see streams.cpp); while a stream is
+/// recorded, keeps it for the graph.
+void submit(CUstream_st* stream, std::function<void()> work);
+/// Does what all streams have still to do.
+void finish_all();
 /// Ends the program with the name of a `call` that is not allowed while a stream is recorded.
 void check_not_recording(const char* call);
 
 /// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), as convert.py writes it.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
-            CUstream_st*, const Arguments&... arguments) {
-  submit([=] { run(grid, block, shared_bytes, [&] { kernel(arguments...); }); });
+            CUstream_st* stream, const Arguments&... arguments) {
+  submit(stream, [=] { run(grid, block, shared_bytes, [&] { kernel(arguments...); }); });
 }
 
 }  // namespace emulator

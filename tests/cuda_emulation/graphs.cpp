@@ -2,12 +2,19 @@
 #include <cuda_runtime.h>
 
 #include <functional>
+#include <memory>
 #include <vector>
 
+#include "tests/cuda_emulation/streams.h"
+
+using Nodes = std::vector<std::function<void()>>;
+
 struct CUgraph_st {
-  std::vector<std::function<void()>> nodes;
+  Nodes nodes;
 };
-struct CUgraphExec_st : CUgraph_st {};
+struct CUgraphExec_st {
+  std::shared_ptr<const Nodes> nodes;  ///< a launch under way keeps them
+};
 
 namespace {
 
@@ -15,8 +22,8 @@ CUgraph_st* recording = nullptr;
 
 }  // namespace
 
-void emulator::submit(std::function<void()> work) {
-  if (recording == nullptr) return work();
+void emulator::submit(cudaStream_t stream, std::function<void()> work) {
+  if (recording == nullptr) return enqueue(stream, std::move(work));
   recording->nodes.push_back(std::move(work));
 }
 
@@ -36,12 +43,14 @@ cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
 }
 
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned) {
-  *executable = new CUgraphExec_st{*graph};
+  *executable = new CUgraphExec_st{std::make_shared<const Nodes>(graph->nodes)};
   return cudaSuccess;
 }
 
-cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t) {
-  for (const std::function<void()>& node : executable->nodes) node();
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+  emulator::submit(stream, [nodes = executable->nodes] {
+    for (const std::function<void()>& node : *nodes) node();
+  });
   return cudaSuccess;
 }
 

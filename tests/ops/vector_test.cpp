@@ -1,9 +1,11 @@
 // squared_sum, dot and axpby over flat f32 buffers.
+#include <gmock/gmock.h>
 #include <omp.h>
 
 #include <cmath>
 #include <limits>
 
+#include "core/error.h"
 #include "tests/support/backend_fixture.h"
 
 namespace bitfall::test {
@@ -53,6 +55,15 @@ TEST_P(Vector, FaultsAreVisible) {
   EXPECT_TRUE(std::isinf(backend().squared_sum(x)));
   x.as<float>()[20000] = std::nanf("");
   EXPECT_TRUE(std::isnan(backend().squared_sum(x)));
+}
+
+TEST_P(Vector, AnAllocationThatFailsLeavesTheGpuUsable) {
+  if (GetParam().device == Device::cpu) GTEST_SKIP() << "the system may promise what it has not";
+  const auto gpu = cuda_library().plugin->make_backend(0, {});
+  EXPECT_THAT([&] { static_cast<void>(gpu->allocate(std::size_t{1} << 50)); },
+              testing::ThrowsMessage<BackendError>(testing::HasSubstr("bytes are free")));
+  const Buffer one = gpu->allocate(sizeof(float));
+  EXPECT_EQ(gpu->squared_sum(one.view(DType::f32, Shape{1})), 0.0);
 }
 
 TEST_P(Vector, AxpbyCombines) {

@@ -27,8 +27,8 @@ enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2;
 
-struct CUstream_st {};
-struct CUevent_st {};
+struct CUstream_st;
+struct CUevent_st;
 struct CUgraph_st;
 struct CUgraphExec_st;
 using cudaStream_t = CUstream_st*;
@@ -51,14 +51,19 @@ struct float2 {
 
 inline const char* cudaGetErrorName(cudaError_t) { return "error of the emulator"; }
 inline const char* cudaGetErrorString(cudaError_t) { return "see its standard error"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+/// Calls that fail keep their error until it is asked for, as CUDA does.
+inline cudaError_t emulated_last_error = cudaSuccess;
+inline cudaError_t emulated_failure(cudaError_t code) { return emulated_last_error = code; }
+inline cudaError_t cudaGetLastError() { return std::exchange(emulated_last_error, cudaSuccess); }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
-  *properties = {"emulator on the CPU", {}, std::size_t{8} << 30, 9, 0};
+  const char* major = std::getenv("EMULATED_COMPUTE_CAPABILITY");
+  *properties = {
+      "emulator on the CPU", {}, std::size_t{8} << 30, major == nullptr ? 9 : std::atoi(major), 0};
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -71,50 +76,16 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, 
   *blocks = emulator::kBlocksPerProcessor;
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  *stream = new CUstream_st;
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  delete stream;
-  return cudaSuccess;
-}
-/// Streams are worked off at once, so nothing has to wait. But no call may wait, or bring in
-/// another stream, while one is recorded.
-inline cudaError_t emulated_wait(const char* call) {
-  emulator::check_not_recording(call);
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
-  return emulated_wait("cudaStreamSynchronize");
-}
-inline cudaError_t cudaMallocHost(void** memory, std::size_t bytes) {
-  emulated_wait("cudaMallocHost");
-  *memory = std::malloc(bytes);
-  return *memory == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
-}
-inline cudaError_t cudaFreeHost(void* memory) {
-  emulated_wait("cudaFreeHost");
-  std::free(memory);
-  return cudaSuccess;
-}
-inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  *event = new CUevent_st;
-  return cudaSuccess;
-}
-inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) {
-  return emulated_wait("cudaEventRecord");
-}
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
-  return emulated_wait("cudaStreamWaitEvent");
-}
-inline cudaError_t cudaEventSynchronize(cudaEvent_t) {
-  return emulated_wait("cudaEventSynchronize");
-}
-inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
-  delete event;
-  return cudaSuccess;
-}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned);
+cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned);
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
+cudaError_t cudaEventSynchronize(cudaEvent_t event);
+cudaError_t cudaEventDestroy(cudaEvent_t event);
+cudaError_t cudaMallocHost(void** memory, std::size_t bytes);
+cudaError_t cudaFreeHost(void* memory);
 inline cudaError_t cudaMemGetInfo(std::size_t* free_bytes, std::size_t* total_bytes) {
   *free_bytes = *total_bytes = 0;
   return cudaSuccess;
