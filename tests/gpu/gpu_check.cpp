@@ -101,13 +101,13 @@ void compare(const Sizes& sizes) {
   records();
 }
 
-/// Started by mpirun: every rank trains on its share; rank 0 also alone on all of it.
-void ranks() {
-  const std::unique_ptr<Communicator> world = make_communicator();
+/// Every rank trains on its share; rank 0 also alone on all of it.
+void train_ranks(Communicator& world, int zero_stage) {
   constexpr int kSamples = 8;
-  const int share = kSamples / world->world_size();
+  const int share = kSamples / world.world_size();
+  const std::string zero = concat(R"(, "zero_optimization": {"stage": )", zero_stage, "}");
   const auto train_share = [&](Communicator& communicator, int first, int count) {
-    const auto engine = make(bert(2, 32, 2, kSmallVocab), "", "", "cuda", communicator);
+    const auto engine = make(bert(2, 32, 2, kSmallVocab), "", zero, "cuda", communicator);
     std::vector<double> result;
     for (int step = 0; step < 3; ++step) {
       const Batch batch = random_batch(step, first, count, 5, 20, kSmallVocab);
@@ -115,14 +115,21 @@ void ranks() {
     }
     return result;
   };
-  const std::vector<double> together = train_share(*world, world->rank() * share, share);
-  if (world->rank() == 0) {
+  const std::vector<double> together = train_share(world, world.rank() * share, share);
+  if (world.rank() == 0) {
     SingleProcess alone;
-    const std::vector<double> single = train_share(alone, 0, share * world->world_size());
-    report(concat("loss of ", world->world_size(), " ranks beside one process"),
+    const std::vector<double> single = train_share(alone, 0, share * world.world_size());
+    report(concat("loss of ", world.world_size(), " ranks beside one process, ZeRO stage ",
+                  zero_stage),
            largest_difference(together, single, single.size()), Limit::at_most, 1e-5, "relative");
   }
-  world->barrier();
+  world.barrier();
+}
+
+/// Started by mpirun.
+void ranks() {
+  const std::unique_ptr<Communicator> world = make_communicator();
+  for (const int stage : {0, 2}) train_ranks(*world, stage);
 }
 
 int run(std::string_view what) {

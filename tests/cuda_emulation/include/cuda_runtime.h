@@ -2,6 +2,8 @@
 // same name.
 #pragma once
 
+#include <unistd.h>
+
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -64,6 +66,10 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   const char* major = std::getenv("EMULATED_COMPUTE_CAPABILITY");
   *properties = {
       "emulator on the CPU", {}, std::size_t{8} << 30, major == nullptr ? 9 : std::atoi(major), 0};
+  if (std::getenv("EMULATED_GPU_PER_PROCESS") != nullptr) {
+    const int process = getpid();
+    std::memcpy(properties->uuid.bytes, &process, sizeof(process));
+  }
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
