@@ -14,7 +14,8 @@ there). What has not begun after ten minutes is left out. Leaves results.json, a
 
   BUILD         build folder with tests and CUDA (default: build/dev), or a bundle
   --out DIR     where the results go (default: build/gpu_check)
-  --only NAMES  runs the steps of these names alone, a regular expression: 'memcheck_.*|racecheck_.*'
+  --only NAMES  runs the steps of these names alone, a regular expression: 'memcheck_.*|speed|pytorch'.
+                Each may take three times as long then
   --bundle DIR  copies what the check needs from BUILD into DIR and DIR.tar.xz, to carry to a machine
                 where nothing can be fetched; there: DIR/gpu_check.sh DIR. NVIDIA's libraries must
                 be there: in /usr/local, /usr/lib, /opt or the packages of python3.
@@ -37,6 +38,8 @@ while (($#)); do
   esac
 done
 build=${build:-build/dev}
+patience=1
+[[ $only == ".*" ]] || patience=3
 fail() {
   echo "gpu_check.sh: $*" >&2
   exit 1
@@ -115,7 +118,7 @@ record() {
 
 # step NAME LIMIT COMMAND...: one line of the table; the log keeps the rest.
 step() {
-  local name=$1 limit=$2 log="$out/$1.log" began=$SECONDS status=passed detail code=0
+  local name=$1 limit=$((patience * $2)) log="$out/$1.log" began=$SECONDS status=passed detail code=0
   shift 2
   [[ $name =~ ^($only)$ ]] || return 0
   local left=$((time_limit - SECONDS))
@@ -155,7 +158,7 @@ else
 fi
 step speed 180 "${programs[@]}" "$(find_file gpu_check)" speed
 if python3 -c 'import torch, transformers; assert torch.cuda.is_available()' >/dev/null 2>&1; then
-  step pytorch 240 python3 "$workers/torch_gpu.py" "$out/speed.log" 160
+  step pytorch 240 python3 "$workers/torch_gpu.py" "$out/speed.log" $((patience * 160))
 else
   unable pytorch "not measured: python3 has no PyTorch and transformers that see the GPU"
 fi
