@@ -52,6 +52,7 @@ ucontext_t scheduler;
 Block* running_block = nullptr;
 Fiber* running = nullptr;
 const std::function<void()>* body = nullptr;
+std::map<const void*, std::size_t> allowed_shared_bytes;  ///< of kernels that have asked
 
 void yield() { swapcontext(&running->context, &scheduler); }
 
@@ -195,13 +196,25 @@ bool in_dynamic_shared_memory(const void* address) {
   return reinterpret_cast<std::uintptr_t>(address) - first < memory.size();
 }
 
+bool allow_shared_memory(const void* kernel, int bytes) {
+  if (bytes > kMostSharedBytes) return false;
+  allowed_shared_bytes[kernel] = static_cast<std::size_t>(bytes);
+  return true;
+}
+
+void check_shared_memory(const void* kernel, std::size_t bytes) {
+  constexpr std::size_t kUnasked = 48 * 1024;
+  const auto allowed = allowed_shared_bytes.find(kernel);
+  const std::size_t most = allowed == allowed_shared_bytes.end() ? kUnasked : allowed->second;
+  check(bytes <= most, "more shared memory than cudaFuncSetAttribute has allowed");
+}
+
 void run(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& kernel) {
   const std::size_t threads = std::size_t{block.x} * block.y * block.z;
   check(threads > 0 && threads <= kMostThreads, "bad block size");
   check(grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.y <= kMostAlongAxis &&
             grid.z <= kMostAlongAxis,
         "bad grid size");
-  check(shared_bytes <= kMostSharedBytes, "too much shared memory");
   grid_size = {grid.x, grid.y, grid.z};
   block_size = {block.x, block.y, block.z};
   body = &kernel;

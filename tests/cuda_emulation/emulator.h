@@ -71,6 +71,12 @@ std::array<T, 32> exchange(T value) {
   return values;
 }
 
+/// What a block of `kernel` may have of dynamic shared memory from now on; false if no GPU gives
+/// it.
+bool allow_shared_memory(const void* kernel, int bytes);
+/// Ends the program unless `kernel` may have so much: what every GPU gives unasked, or as allowed.
+void check_shared_memory(const void* kernel, std::size_t bytes);
+
 /// Does `work` in `stream`: now, or when somebody waits for it (see streams.cpp); while a stream is
 /// recorded, keeps it for the graph.
 void submit(CUstream_st* stream, std::function<void()> work);
@@ -83,6 +89,7 @@ void check_not_recording(const char* call);
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
             CUstream_st* stream, const Arguments&... arguments) {
+  check_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes);
   submit(stream, [=] { run(grid, block, shared_bytes, [&] { kernel(arguments...); }); });
 }
 
