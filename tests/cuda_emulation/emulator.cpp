@@ -45,6 +45,7 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<std::byte> shared_memory;
   std::size_t alive = 0;
+  bool rising = false;  ///< order in which threads go on
 };
 
 std::array<Block, kBlocksPerProcessor * kProcessors> blocks;
@@ -65,6 +66,8 @@ void fiber_main() {
 void start(Block& block, const Index& index, std::size_t threads, std::size_t shared_bytes) {
   block.index = index;
   block.alive = threads;
+  static std::size_t started = 0;
+  block.rising = ++started % 2 == 0;
   block.shared_memory.assign(shared_bytes + 256, std::byte{0xff});  // NaN
   block.warps.assign((threads + 31) / 32, Warp{});
   if (block.fibers.size() < threads) block.fibers.resize(threads);
@@ -111,8 +114,9 @@ bool advance(Block& block, std::size_t threads) {
   for (bool further = false;; further = true) {
     bool progress = false, waits_for_blocks = false;
     std::size_t at_barrier = 0;
-    for (std::size_t number = 0; number < threads; ++number) {
-      Fiber& fiber = block.fibers[number];
+    block.rising = !block.rising;
+    for (std::size_t i = 0; i < threads; ++i) {
+      Fiber& fiber = block.fibers[block.rising ? i : threads - 1 - i];
       if (fiber.done) continue;
       if (fiber.waiting == Waiting::for_block) {
         ++at_barrier;
