@@ -42,7 +42,8 @@ __device__ inline Matrices load_matrices_transposed(const void* row) {
   return loaded;
 }
 
-/// Of the warp: sums [16, 8] += a [16, 16] b [16, 8], T BFloat16 or Float16.
+/// Of the warp: sums [16, 8] += a [16, 16] b [16, 8], T BFloat16 or Float16. volatile: the compiler
+/// must not move it to where only some lanes want the result.
 ///
 /// a: its quarters, upper left, lower left, upper right, lower right. low, high: rows 0-7 and 8-15
 /// of b, each transposed. sums: columns 2 (l % 4) + {0, 1} of row l / 4, then of row l / 4 + 8.
@@ -50,13 +51,15 @@ template <typename T>
 __device__ inline void multiply_add(float (&sums)[4], const Matrices& a, std::uint32_t low,
                                     std::uint32_t high) {
   if constexpr (std::is_same_v<T, BFloat16>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(low), "r"(high));
   } else {
     static_assert(std::is_same_v<T, Float16>);
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(low), "r"(high));
