@@ -1,8 +1,8 @@
 # BITFALL_CUDA = ON, OFF or AUTO: sets BITFALL_CUDA_FOUND, BITFALL_CUDA_SUMMARY and, where found, the
 # language CUDA and the targets CUDA::*.
 #
-# AUTO takes CUDA where a compiler works, host compiler included (nvcc refuses some), and cuBLASLt
-# is there; never in builds with sanitizers, which know nothing of GPUs.
+# AUTO takes CUDA where a compiler works, host compiler included (nvcc refuses some), and cuBLASLt and
+# CUB are there; never in builds with sanitizers, which know nothing of GPUs.
 
 set(BITFALL_CUDA AUTO CACHE STRING "The CUDA backend: ON, OFF or AUTO")
 
@@ -37,14 +37,17 @@ else()
   if(CMAKE_CUDA_COMPILER)
     enable_language(CUDA)
     find_package(CUDAToolkit 12)
+    # CUDA 13 has it in a folder that nvcc alone knows.
+    find_path(BITFALL_CUB_INCLUDE_DIR cub/device/device_radix_sort.cuh
+              HINTS ${CUDAToolkit_INCLUDE_DIRS} PATH_SUFFIXES cccl)
   endif()
-  if(CMAKE_CUDA_COMPILER AND TARGET CUDA::cublasLt)
+  if(CMAKE_CUDA_COMPILER AND TARGET CUDA::cublasLt AND BITFALL_CUB_INCLUDE_DIR)
     set(BITFALL_CUDA_FOUND TRUE)
     set(BITFALL_CUDA_SUMMARY "TRUE (${CUDAToolkit_VERSION})")
   elseif(BITFALL_CUDA STREQUAL "ON")
     message(FATAL_ERROR "BITFALL_CUDA=ON needs CUDA 12 or newer: an nvcc that accepts the host "
-                        "compiler (see above; CUDACXX and CUDAHOSTCXX name others) and cuBLASLt")
+                        "compiler (see above; CUDACXX and CUDAHOSTCXX name others), cuBLASLt and CUB")
   else()
-    set(BITFALL_CUDA_SUMMARY "FALSE (no working nvcc with cuBLASLt found)")
+    set(BITFALL_CUDA_SUMMARY "FALSE (no working nvcc with cuBLASLt and CUB found)")
   endif()
 endif()

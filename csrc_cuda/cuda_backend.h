@@ -84,10 +84,12 @@ class CudaBackend final : public Backend {
   // embedding.cu
   void embedding_forward(const EmbeddingIds& ids, const EmbeddingTables& tables,
                          const Tensor& y) override;
-  void embedding_backward(const EmbeddingIds& ids, const Tensor& dy,
-                          const EmbeddingTables& gradients) override;
   void gather_rows(const Tensor& x, const Tensor& row_index, const Tensor& y) override;
   void scatter_rows(const Tensor& dy, const Tensor& row_index, const Tensor& dx) override;
+
+  // embedding_backward.cu
+  void embedding_backward(const EmbeddingIds& ids, const Tensor& dy,
+                          const EmbeddingTables& gradients) override;
 
   // loss.cu
   void cross_entropy_forward(const Tensor& logits, const Tensor& labels,

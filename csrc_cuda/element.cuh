@@ -66,7 +66,7 @@ struct alignas(16) Pack {
 
 /// Whether 16-byte accesses are possible from here on.
 template <typename T>
-__device__ inline bool aligned(const T* data) {
+__host__ __device__ inline bool aligned(const T* data) {
   return (reinterpret_cast<std::uintptr_t>(data) & 15u) == 0;
 }
 

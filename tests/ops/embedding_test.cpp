@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <cmath>
+#include <random>
 
 #include "tests/support/backend_fixture.h"
 
@@ -16,6 +18,48 @@ class EmbeddingTest : public BackendTest {
     }
     return {integers(Shape{tokens}, word), integers(Shape{tokens}, position),
             integers(Shape{tokens}, type)};
+  }
+
+  /// Gradients that are whole numbers, as many rows as `id` needs.
+  EmbeddingTables gradients(const EmbeddingIds& id, std::int64_t hidden) {
+    const auto table = [&](const Tensor& index) {
+      const std::vector<double> row = values(index);
+      const auto rows = static_cast<std::int64_t>(*std::max_element(row.begin(), row.end())) + 1;
+      return whole_numbers(Shape{rows, hidden}, DType::f32);
+    };
+    return {table(id.input_ids), table(id.position_ids), table(id.token_type_ids)};
+  }
+
+  /// -8 ... 8: sums of them are exact in any order.
+  Tensor whole_numbers(const Shape& shape, DType dtype) {
+    std::vector<double> data(static_cast<std::size_t>(shape.numel()));
+    for (std::size_t i = 0; i < data.size(); ++i) data[i] = static_cast<double>(i * i % 17) - 8;
+    return floats(shape, dtype, data);
+  }
+
+  static void add_in_token_order(const EmbeddingIds& id, const Tensor& dy,
+                                 const EmbeddingTables& sums) {
+    const std::vector<double> gradient = values(dy);
+    const std::int64_t hidden = dy.shape[1];
+    const auto add = [&](const Tensor& index, const Tensor& sum) {
+      for (std::int64_t i = 0; i < dy.numel(); ++i) {
+        sum.as<float>()[index.as<std::int32_t>()[i / hidden] * hidden + i % hidden] +=
+            static_cast<float>(gradient[static_cast<std::size_t>(i)]);
+      }
+    };
+    add(id.input_ids, sums.word);
+    add(id.position_ids, sums.position);
+    add(id.token_type_ids, sums.token_type);
+  }
+
+  void expect_exact_sums(const EmbeddingIds& id, std::int64_t hidden) {
+    const Tensor dy = whole_numbers(Shape{id.input_ids.numel(), hidden}, dtype());
+    const EmbeddingTables sums = gradients(id, hidden), expected = gradients(id, hidden);
+    add_in_token_order(id, dy, expected);
+    backend().embedding_backward(id, dy, sums);
+    EXPECT_TRUE(identical(sums.word, expected.word)) << hidden;
+    EXPECT_TRUE(identical(sums.position, expected.position)) << hidden;
+    EXPECT_TRUE(identical(sums.token_type, expected.token_type)) << hidden;
   }
 };
 
@@ -43,31 +87,61 @@ TEST_P(EmbeddingTest, ForwardAddsThreeRows) {
   }
 }
 
-TEST_P(EmbeddingTest, BackwardAddsToRowsInTokenOrder) {
-  for (const std::int64_t hidden : {1, 7, 33, 384}) {
-    const EmbeddingIds id = ids(130, 11);
-    const EmbeddingTables gradients{random(Shape{11, hidden}, DType::f32),
-                                    random(Shape{5, hidden}, DType::f32),
-                                    random(Shape{2, hidden}, DType::f32)};
-    const Tensor dy = random(Shape{130, hidden}, dtype());
-    // The same additions in f32, one by one in token order: equal bit for bit.
-    const auto expected = [&](const Tensor& table, const Tensor& index) {
-      const Tensor sum = zeros(table.shape, DType::f32);
-      backend().copy(table, sum);
-      const std::vector<double> gradient = values(dy);
-      for (std::int64_t i = 0; i < 130 * hidden; ++i) {
-        sum.as<float>()[index.as<std::int32_t>()[i / hidden] * hidden + i % hidden] +=
-            static_cast<float>(gradient[static_cast<std::size_t>(i)]);
-      }
-      return sum;
+TEST_P(EmbeddingTest, BackwardAddsToRows) {
+  for (const std::int64_t hidden : {1, 7, 8, 33, 136, 384}) {
+    expect_exact_sums(ids(130, 11), hidden);
+    expect_exact_sums(ids(1, 11), hidden);
+  }
+}
+
+TEST_P(EmbeddingTest, BackwardAddsManyTokensToARow) {
+  for (const std::int64_t hidden : {5, 24}) {
+    // 1, 2, 3, ... tokens of ids 0, 1, 2, ...: runs that begin and end anywhere in a sorted list.
+    std::vector<std::int32_t> runs, alike, frequent, blocks;
+    for (std::int32_t id = 0; id < 70; ++id) {
+      for (std::int32_t i = 0; i <= id; ++i) runs.push_back(id);
+    }
+    for (std::int32_t t = 0; t < static_cast<std::int32_t>(runs.size()); ++t) {
+      alike.push_back(1);
+      frequent.push_back(t % 97 == 0 ? t % 70 : 3);
+      blocks.push_back(t / 64);  // as long as the CUDA backend's pieces, or multiples
+    }
+    const auto expect = [&](const std::vector<std::int32_t>& word,
+                            const std::vector<std::int32_t>& position,
+                            const std::vector<std::int32_t>& type) {
+      const Shape shape{static_cast<std::int64_t>(word.size())};
+      expect_exact_sums({integers(shape, word), integers(shape, position), integers(shape, type)},
+                        hidden);
     };
-    const Tensor word = expected(gradients.word, id.input_ids);
-    const Tensor position = expected(gradients.position, id.position_ids);
-    const Tensor type = expected(gradients.token_type, id.token_type_ids);
-    backend().embedding_backward(id, dy, gradients);
-    EXPECT_TRUE(identical(gradients.word, word));
-    EXPECT_TRUE(identical(gradients.position, position));
-    EXPECT_TRUE(identical(gradients.token_type, type));
+    expect(runs, frequent, alike);
+    expect(blocks, runs, alike);
+    std::shuffle(runs.begin(), runs.end(), std::mt19937{1});
+    expect(frequent, runs, blocks);
+  }
+}
+
+TEST_P(EmbeddingTest, BackwardGivesTheSameBitsAgain) {
+  const EmbeddingIds id = ids(300, 11);
+  const Tensor dy = random(Shape{300, 40}, dtype());
+  const auto run = [&] {
+    const EmbeddingTables sums = gradients(id, 40);
+    backend().embedding_backward(id, dy, sums);
+    return sums;
+  };
+  const EmbeddingTables once = run(), again = run();
+  EXPECT_TRUE(identical(once.word, again.word));
+  EXPECT_TRUE(identical(once.position, again.position));
+  EXPECT_TRUE(identical(once.token_type, again.token_type));
+  // One by one in token order.
+  const EmbeddingTables expected = gradients(id, 40);
+  add_in_token_order(id, dy, expected);
+  EXPECT_TRUE(close(once.word, values(expected.word), {1e-4, 1e-5}));
+  EXPECT_TRUE(close(once.position, values(expected.position), {1e-4, 1e-5}));
+  EXPECT_TRUE(close(once.token_type, values(expected.token_type), {1e-4, 1e-5}));
+  if (GetParam().device == Device::cpu) {
+    EXPECT_TRUE(identical(once.word, expected.word));
+    EXPECT_TRUE(identical(once.position, expected.position));
+    EXPECT_TRUE(identical(once.token_type, expected.token_type));
   }
 }
 

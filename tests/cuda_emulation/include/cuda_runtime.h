@@ -159,10 +159,6 @@ T max(T a, T b) {
   return a < b ? b : a;
 }
 template <typename T>
-T atomicMin(T* address, T value) {
-  return std::exchange(*address, min(*address, value));
-}
-template <typename T>
 T atomicMax(T* address, T value) {
   return std::exchange(*address, max(*address, value));
 }
@@ -176,6 +172,5 @@ inline unsigned long long atomicAdd(unsigned long long* address, unsigned long l
   emulator::give_way();
   return before;
 }
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
