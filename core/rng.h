@@ -18,17 +18,28 @@ struct PhiloxBlock {
   std::uint32_t word[4];
 };
 
+inline constexpr int kPhiloxRounds = 10;
+
+/// One round of Philox4x32.
+BITFALL_INLINE PhiloxBlock philox_round(PhiloxBlock counter, PhiloxKey key) {
+  const std::uint64_t product0 = 0xD2511F53ull * counter.word[0];
+  const std::uint64_t product1 = 0xCD9E8D57ull * counter.word[2];
+  return {{static_cast<std::uint32_t>(product1 >> 32) ^ counter.word[1] ^ key.low,
+           static_cast<std::uint32_t>(product1),
+           static_cast<std::uint32_t>(product0 >> 32) ^ counter.word[3] ^ key.high,
+           static_cast<std::uint32_t>(product0)}};
+}
+
+/// The key of the round after that of `key`.
+BITFALL_INLINE PhiloxKey next_philox_key(PhiloxKey key) {
+  return {key.low + 0x9E3779B9u, key.high + 0xBB67AE85u};
+}
+
 /// Ten rounds of Philox4x32 on `counter` under `key`.
 BITFALL_INLINE PhiloxBlock philox(PhiloxBlock counter, PhiloxKey key) {
-  for (int round = 0; round < 10; ++round) {
-    const std::uint64_t product0 = 0xD2511F53ull * counter.word[0];
-    const std::uint64_t product1 = 0xCD9E8D57ull * counter.word[2];
-    counter = {{static_cast<std::uint32_t>(product1 >> 32) ^ counter.word[1] ^ key.low,
-                static_cast<std::uint32_t>(product1),
-                static_cast<std::uint32_t>(product0 >> 32) ^ counter.word[3] ^ key.high,
-                static_cast<std::uint32_t>(product0)}};
-    key.low += 0x9E3779B9u;
-    key.high += 0xBB67AE85u;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    counter = philox_round(counter, key);
+    key = next_philox_key(key);
   }
   return counter;
 }

@@ -1,86 +1,116 @@
-// LayerNorm with dropouts and residual: a warp per row, one pass over memory forward.
+// LayerNorm with dropouts and residual: a row stays in registers, one pass over memory.
 #include "core/operation_checks.h"
 #include "csrc_cuda/cuda_backend.h"
-#include "csrc_cuda/element.cuh"
 #include "csrc_cuda/layer_norm_rows.cuh"
-#include "csrc_cuda/reduce.cuh"
 
 namespace bitfall {
 namespace {
 
-/// Calls `body(first)` for the eight columns first + 16 i of each item of this lane.
-template <typename Body>
-__device__ inline void for_own_columns(std::int64_t columns, Body&& body) {
-  const std::int64_t items = (columns + 127) / 128 * 16;
-  for (std::int64_t item = threadIdx.x; item < items; item += kWarpThreads)
-    body(first_column(item));
+// Where a warp takes a row, a block takes few of them, and as many blocks must find registers on a
+// multiprocessor as keep its memory busy: 12 to 16 warps. Other rows may take a larger block.
+constexpr int kForwardRows = 4, kForwardThreads = 384, kBackwardThreads = 256;
+constexpr int backward_rows(int groups) { return groups < kMostGroups ? 8 : 4; }
+
+constexpr int forward_threads(RowKind kind) {
+  return kind == RowKind::warp ? kForwardRows * kWarpThreads : kForwardThreads;
+}
+constexpr int forward_blocks(RowKind kind) { return kind == RowKind::warp ? 4 : 1; }
+constexpr int backward_threads(RowKind kind, int groups) {
+  return kind == RowKind::warp ? backward_rows(groups) * kWarpThreads : kBackwardThreads;
+}
+template <typename T>
+constexpr int backward_blocks(RowKind kind, int groups) {
+  if (kind != RowKind::warp || sizeof(T) > 2) return 1;
+  return groups < kMostGroups ? 2 : 3;
 }
 
-/// Calls `body(i, column)` for the columns of an item that exist.
-template <typename Body>
-__device__ inline void for_each_column(std::int64_t first, std::int64_t columns, Body&& body) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (first + 16 * i < columns) body(i, first + 16 * i);
-  }
-}
+constexpr unsigned kAllKept = 0xffffffffu;
 
 template <typename T>
 struct Forward {
   const T *x, *residual, *gamma, *beta;
-  const std::int32_t* row_keys;
-  Dropout input_dropout, output_dropout;
+  const std::int32_t* row_keys;  ///< null if no dropout is on
+  DropoutMask input_dropout, output_dropout;
   float epsilon;
-  T *sum, *y;
+  T *sum, *y;  ///< sum: null if x is that already
   float* mean_rstd;
-  std::int64_t rows, columns;
+  std::int64_t rows;
+  int columns;
 };
 
-template <typename T>
-__global__ void forward_kernel(Forward<T> args) {
-  extern __shared__ float shared_rows[];  // a row of `sum` per warp; lanes touch own columns only
-  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (row >= args.rows) return;  // the whole warp; nothing below waits for the block
-  const std::int64_t columns = args.columns, offset = row * columns;
-  float* const kept = shared_rows + threadIdx.y * columns;
-
-  float total = 0.0f;
-  for_own_columns(columns, [&](std::int64_t first) {
-    Eight values = load_columns(args.x + offset, first, columns);
-    const Eight mask = row_multipliers(args.input_dropout, args.row_keys, row, first);
-    for_each_column(first, columns, [&](int i, std::int64_t column) {
-      float value = values.value[i] * mask.value[i];
-      if (args.residual != nullptr) value += widen(args.residual[offset + column]);
-      // The statistics are those of the stored value: backward sees nothing else.
-      const T stored = narrow<T>(value);
-      args.sum[offset + column] = stored;
-      kept[column] = widen(stored);
-      total += kept[column];
-    });
-  });
-  const float mean = warp_sum(total) / static_cast<float>(columns);
-
-  float squares = 0.0f;
-  for_own_columns(columns, [&](std::int64_t first) {
-    for_each_column(first, columns, [&](int, std::int64_t column) {
-      const float centred = kept[column] - mean;
-      squares += centred * centred;
-    });
-  });
-  const float variance = warp_sum(squares) / static_cast<float>(columns);
-  const float rstd = 1.0f / sqrtf(variance + args.epsilon);
-  if (threadIdx.x == 0) {
-    args.mean_rstd[2 * row] = mean;
-    args.mean_rstd[2 * row + 1] = rstd;
+/// Stores dropout(values) + residual, and leaves it in `values` as stored: the statistics are those
+/// of what the backward pass sees.
+template <typename T, int kGroups, RowKind kKind>
+__device__ inline void add_residual(const Forward<T>& args,
+                                    const OwnColumns<T, kGroups, kKind>& own, std::int64_t offset,
+                                    const RowKey& key, const Packed<T> (&residual)[kGroups],
+                                    Packed<T> (&values)[kGroups]) {
+  unsigned kept = kAllKept;
+  if (args.input_dropout.enabled()) kept = own.kept(args.input_dropout, key);
+  const float scale = args.input_dropout.scale;
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    Eight sum;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      sum.value[i] =
+          values[group][i] * (is_kept(kept, group, i) ? scale : 0.0f) + residual[group][i];
+    values[group] = packed<T>(sum);
   }
+  own.store(args.sum + offset, values);
+}
 
-  for_own_columns(columns, [&](std::int64_t first) {
-    const Eight mask = row_multipliers(args.output_dropout, args.row_keys, row, first);
-    for_each_column(first, columns, [&](int i, std::int64_t column) {
-      const float normalized = (kept[column] - mean) * rstd;
-      const float scaled = normalized * widen(args.gamma[column]) + widen(args.beta[column]);
-      args.y[offset + column] = narrow<T>(scaled * mask.value[i]);
+/// {mean, 1 / deviation} of a row.
+template <typename T, int kGroups, RowKind kKind>
+__device__ inline float2 statistics(const OwnColumns<T, kGroups, kKind>& own,
+                                    const Packed<T> (&values)[kGroups], float epsilon) {
+  const auto size = static_cast<float>(own.columns);
+  float total = 0.0f, squares = 0.0f;
+  for_each<kGroups>([&](int group, int i) { total += values[group][i]; });
+  const float mean = own.sum(total) / size;
+  for_each<kGroups>([&](int group, int i) {
+    const float centred = own.has(group, i) ? values[group][i] - mean : 0.0f;
+    squares += centred * centred;
+  });
+  return {mean, 1.0f / sqrtf(own.sum(squares) / size + epsilon)};
+}
+
+template <typename T, int kGroups, RowKind kKind>
+__global__ void __launch_bounds__(forward_threads(kKind), forward_blocks(kKind))
+    forward_kernel(Forward<T> args) {
+  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (row >= args.rows) return;  // the whole warp, which is all that shares the row
+  const OwnColumns<T, kGroups, kKind> own(args.columns);
+  const std::int64_t offset = row * args.columns;
+  Packed<T> values[kGroups], residual[kGroups] = {}, gamma[kGroups], beta[kGroups];
+  own.load(args.x + offset, values);
+  if (args.residual != nullptr) own.load(args.residual + offset, residual);
+  const RowKey key(args.row_keys, row);  // waited for first, so begun last
+  if (args.sum != nullptr) add_residual(args, own, offset, key, residual, values);
+  own.load(args.gamma, gamma);
+  own.load(args.beta, beta);
+  const float2 found = statistics(own, values, args.epsilon);
+  if (threadIdx.x == 0) {
+    args.mean_rstd[2 * row] = found.x;
+    args.mean_rstd[2 * row + 1] = found.y;
+  }
+  Eight y[kGroups];
+  for_each<kGroups>([&](int group, int i) {
+    y[group].value[i] = (values[group][i] - found.x) * found.y * gamma[group][i] + beta[group][i];
+  });
+  if (args.output_dropout.enabled()) {
+    const unsigned kept = own.kept(args.output_dropout, key);
+    for_each<kGroups>([&](int group, int i) {
+      y[group].value[i] *= is_kept(kept, group, i) ? args.output_dropout.scale : 0.0f;
     });
+  }
+  own.store(args.y + offset, y);
+}
+
+template <typename T, int kGroups>
+__device__ inline void clear_dropped(unsigned kept, Packed<T> (&values)[kGroups]) {
+  for_each<kGroups>([&](int group, int i) {
+    if (!is_kept(kept, group, i)) values[group].clear(i);
   });
 }
 
@@ -88,116 +118,135 @@ template <typename T>
 struct Backward {
   const T *dy, *sum, *gamma;
   const float* mean_rstd;
-  const std::int32_t* row_keys;
-  Dropout input_dropout, output_dropout;
+  const std::int32_t* row_keys;  ///< null if no dropout is on
+  DropoutMask input_dropout, output_dropout;
   T *dresidual, *dx;
-  float *dgamma, *dbeta;  ///< [warps, columns]: sums over the rows of each warp
-  std::int64_t rows, columns, rows_per_warp, warps;
+  float *dgamma, *dbeta;  ///< [blocks, columns]: sums over the rows of each block
+  std::int64_t rows, rows_per_block;
+  int columns;
 };
 
-/// First pass over a row: adds to this lane's columns of dgamma and dbeta. Returns the means of
-/// g = gamma * dy after the output dropout's mask, and of g * normalized.
-template <typename T>
-__device__ inline float2 reduce_row(const Backward<T>& args, std::int64_t row, float* dgamma,
-                                    float* dbeta) {
-  const std::int64_t columns = args.columns, offset = row * columns;
+/// A row, which adds to this thread's columns of dgamma and dbeta. With n = (sum - mean) rstd and
+/// g = gamma dy: dresidual = rstd (g - mean(g) - n mean(g n)). What the output dropout keeps of dy
+/// is scaled at the end, in dresidual and in the sums over all rows.
+template <typename T, int kGroups, RowKind kKind>
+__device__ inline void gradient_row(const Backward<T>& args,
+                                    const OwnColumns<T, kGroups, kKind>& own, std::int64_t row,
+                                    Eight (&dgamma)[kGroups], Eight (&dbeta)[kGroups]) {
+  const std::int64_t offset = row * args.columns;
+  Packed<T> dy[kGroups], sum[kGroups], gamma[kGroups];
+  own.load(args.dy + offset, dy);
+  own.load(args.sum + offset, sum);
   const float mean = args.mean_rstd[2 * row], rstd = args.mean_rstd[2 * row + 1];
-  float total = 0.0f, total_normalized = 0.0f;
-  for_own_columns(columns, [&](std::int64_t first) {
-    const Eight mask = row_multipliers(args.output_dropout, args.row_keys, row, first);
-    for_each_column(first, columns, [&](int i, std::int64_t column) {
-      const float gradient = widen(args.dy[offset + column]) * mask.value[i];
-      const float normalized = (widen(args.sum[offset + column]) - mean) * rstd;
-      dgamma[column] += gradient * normalized;
-      dbeta[column] += gradient;
-      const float g = gradient * widen(args.gamma[column]);
-      total += g;
-      total_normalized += g * normalized;
-    });
+  const RowKey key(args.row_keys, row);  // waited for first, so begun last
+  if (args.output_dropout.enabled()) clear_dropped(own.kept(args.output_dropout, key), dy);
+  unsigned kept = kAllKept;
+  if (args.input_dropout.enabled()) kept = own.kept(args.input_dropout, key);
+
+  own.load(args.gamma, gamma);
+  Eight g[kGroups], n[kGroups];
+  float total_g = 0.0f, total_n = 0.0f;
+  for_each<kGroups>([&](int group, int i) {
+    const float gradient = dy[group][i];
+    n[group].value[i] = (sum[group][i] - mean) * rstd;
+    dgamma[group].value[i] += gradient * n[group].value[i];
+    dbeta[group].value[i] += gradient;
+    g[group].value[i] = gradient * gamma[group][i];
+    total_g += g[group].value[i];
+    total_n += g[group].value[i] * n[group].value[i];
   });
-  const float size = static_cast<float>(columns);
-  return {warp_sum(total) / size, warp_sum(total_normalized) / size};
+  const float scale = rstd * args.output_dropout.scale;
+  const float share = scale / static_cast<float>(args.columns);
+  const float mean_g = own.sum(total_g) * share, mean_n = own.sum(total_n) * share;
+  for_each<kGroups>([&](int group, int i) {
+    g[group].value[i] = g[group].value[i] * scale - (mean_g + n[group].value[i] * mean_n);
+  });
+  own.store(args.dresidual + offset, g);
+  if (args.dx == nullptr) return;
+  for_each<kGroups>([&](int group, int i) {
+    g[group].value[i] *= is_kept(kept, group, i) ? args.input_dropout.scale : 0.0f;
+  });
+  own.store(args.dx + offset, g);
 }
 
-/// Second pass: dresidual = rstd * (g - mean(g) - normalized * mean(g * normalized)), and dx.
-template <typename T>
-__device__ inline void gradient_row(const Backward<T>& args, std::int64_t row, float2 means) {
-  const std::int64_t columns = args.columns, offset = row * columns;
-  const float mean = args.mean_rstd[2 * row], rstd = args.mean_rstd[2 * row + 1];
-  for_own_columns(columns, [&](std::int64_t first) {
-    const Eight output = row_multipliers(args.output_dropout, args.row_keys, row, first);
-    Eight input{};
-    if (args.dx != nullptr) input = row_multipliers(args.input_dropout, args.row_keys, row, first);
-    for_each_column(first, columns, [&](int i, std::int64_t column) {
-      const float g = widen(args.dy[offset + column]) * output.value[i] * widen(args.gamma[column]);
-      const float normalized = (widen(args.sum[offset + column]) - mean) * rstd;
-      const float gradient = (g - means.x - normalized * means.y) * rstd;
-      args.dresidual[offset + column] = narrow<T>(gradient);
-      if (args.dx != nullptr) args.dx[offset + column] = narrow<T>(gradient * input.value[i]);
-    });
-  });
+template <typename T, int kGroups, RowKind kKind>
+__global__ void __launch_bounds__(backward_threads(kKind, kGroups),
+                                  backward_blocks<T>(kKind, kGroups))
+    backward_kernel(Backward<T> args) {
+  const OwnColumns<T, kGroups, kKind> own(args.columns);
+  Eight dgamma[kGroups] = {}, dbeta[kGroups] = {};
+  const std::int64_t begin = blockIdx.x * args.rows_per_block;
+  const std::int64_t left = args.rows - begin;
+  const auto count = static_cast<unsigned>(min(args.rows_per_block, left));
+  for (unsigned row = threadIdx.y; row < count; row += blockDim.y)
+    gradient_row(args, own, begin + row, dgamma, dbeta);
+  const std::int64_t offset = static_cast<std::int64_t>(blockIdx.x) * args.columns;
+  own.add_rows(dgamma, args.output_dropout.scale, args.dgamma + offset);
+  own.add_rows(dbeta, args.output_dropout.scale, args.dbeta + offset);
 }
 
-template <typename T>
-__global__ void backward_kernel(Backward<T> args) {
-  extern __shared__ float shared_sums[];  // dgamma and dbeta of each warp; lanes touch own columns
-  const std::int64_t warp = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (warp >= args.warps) return;  // the whole warp; nothing below waits for the block
-  const std::int64_t columns = args.columns;
-  float* const dgamma = shared_sums + 2 * threadIdx.y * columns;
-  float* const dbeta = dgamma + columns;
-  for_own_columns(columns, [&](std::int64_t first) {
-    for_each_column(first, columns,
-                    [&](int, std::int64_t column) { dgamma[column] = dbeta[column] = 0.0f; });
-  });
-  const std::int64_t begin = warp * args.rows_per_warp;
-  const std::int64_t end =
-      begin + args.rows_per_warp < args.rows ? begin + args.rows_per_warp : args.rows;
-  for (std::int64_t row = begin; row < end; ++row) {
-    const float2 means = reduce_row(args, row, dgamma, dbeta);
-    gradient_row(args, row, means);
-  }
-  for_own_columns(columns, [&](std::int64_t first) {
-    for_each_column(first, columns, [&](int, std::int64_t column) {
-      args.dgamma[warp * columns + column] = dgamma[column];
-      args.dbeta[warp * columns + column] = dbeta[column];
-    });
-  });
+template <typename Args>
+const std::int32_t* needed_keys(const Args& args) {
+  const bool needed = args.input_dropout.enabled() || args.output_dropout.enabled();
+  return needed ? device_data<const std::int32_t>(args.row_keys) : nullptr;
 }
 
 template <typename T>
 Forward<T> device_arguments(const LayerNormForward& args) {
+  const bool is_sum =
+      args.sum.data == args.x.data && !args.residual && !args.input_dropout.enabled();
   return {device_data<const T>(args.x),
           device_data<const T>(args.residual),
           device_data<const T>(args.gamma),
           device_data<const T>(args.beta),
-          device_data<const std::int32_t>(args.row_keys),
-          args.input_dropout,
-          args.output_dropout,
+          needed_keys(args),
+          DropoutMask(args.input_dropout),
+          DropoutMask(args.output_dropout),
           args.epsilon,
-          device_data<T>(args.sum),
+          is_sum ? nullptr : device_data<T>(args.sum),
           device_data<T>(args.y),
           device_data<float>(args.mean_rstd),
           args.x.shape[0],
-          args.x.shape[1]};
+          static_cast<int>(args.x.shape[1])};
+}
+
+template <typename T>
+Backward<T> device_arguments(const LayerNormBackward& args, const RowSums& sums, float* dgamma,
+                             float* dbeta) {
+  return {device_data<const T>(args.dy),
+          device_data<const T>(args.sum),
+          device_data<const T>(args.gamma),
+          device_data<const float>(args.mean_rstd),
+          needed_keys(args),
+          DropoutMask(args.input_dropout),
+          DropoutMask(args.output_dropout),
+          device_data<T>(args.dresidual),
+          device_data<T>(args.dx),
+          dgamma,
+          dbeta,
+          args.dy.shape[0],
+          sums.rows_per_block,
+          static_cast<int>(args.dy.shape[1])};
 }
 
 }  // namespace
 
 void CudaBackend::layer_norm_forward(const LayerNormForward& args) {
   check_layer_norm(args);
-  const std::int64_t rows = args.x.shape[0], columns = args.x.shape[1];
   if (args.x.numel() == 0) return;
-  const int warps = warps_per_block("layer_norm_forward", columns, columns);
-  const auto blocks = static_cast<unsigned>((rows + warps - 1) / warps);
-  const std::size_t shared_bytes =
-      static_cast<std::size_t>(warps) * static_cast<std::size_t>(columns) * sizeof(float);
+  const std::int64_t rows = args.x.shape[0], columns = args.x.shape[1];
+  const RowLayout layout("layer_norm_forward", columns, kForwardThreads,
+                         {args.x, args.residual, args.gamma, args.beta, args.sum, args.y});
+  const dim3 block = layout.block(kForwardRows);
+  const auto blocks = static_cast<unsigned>((rows + block.y - 1) / block.y);
   const cudaStream_t stream = this->stream();
   visit_dtype(args.x.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    forward_kernel<T>
-        <<<blocks, dim3(kWarpThreads, static_cast<unsigned>(warps)), shared_bytes, stream>>>(
-            device_arguments<T>(args));
+    layout.visit([&](auto groups, auto kind) {
+      constexpr int kGroups = groups;
+      constexpr RowKind kKind = kind;
+      forward_kernel<T, kGroups, kKind><<<blocks, block, 0, stream>>>(device_arguments<T>(args));
+    });
   });
   check_launch("layer_norm_forward");
 }
@@ -206,40 +255,32 @@ void CudaBackend::layer_norm_backward(const LayerNormBackward& args) {
   check_layer_norm(args);
   const std::int64_t rows = args.dy.shape[0], columns = args.dy.shape[1];
   if (columns == 0) return;
-  const NormGradients partial(rows, columns);
-  const std::int64_t numel = partial.numel();
-  const std::int64_t floats = 2 * numel + column_sums_work(partial.warps, columns);
+  const RowLayout layout("layer_norm_backward", columns, kBackwardThreads,
+                         {args.dy, args.sum, args.gamma, args.dresidual, args.dx});
+  const dim3 block = layout.block(backward_rows(layout.groups));
+  const RowSums sums(rows);
+  const std::int64_t numel = sums.blocks * columns;
+  const std::int64_t floats = 2 * numel + column_sums_work(sums.blocks, columns);
   auto* const dgamma = static_cast<float*>(scratch(static_cast<std::size_t>(floats) * 4));
   float* const dbeta = dgamma + numel;
+  const cudaStream_t stream = this->stream();
   if (rows > 0) {
-    const NormGradients::Launch launch = partial.launch("layer_norm_backward");
-    const cudaStream_t stream = this->stream();
     visit_dtype(args.dy.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
-      const Backward<T> device_args{device_data<const T>(args.dy),
-                                    device_data<const T>(args.sum),
-                                    device_data<const T>(args.gamma),
-                                    device_data<const float>(args.mean_rstd),
-                                    device_data<const std::int32_t>(args.row_keys),
-                                    args.input_dropout,
-                                    args.output_dropout,
-                                    device_data<T>(args.dresidual),
-                                    device_data<T>(args.dx),
-                                    dgamma,
-                                    dbeta,
-                                    rows,
-                                    columns,
-                                    rows_per_warp(rows),
-                                    partial.warps};
-      backward_kernel<T>
-          <<<launch.blocks, launch.threads, launch.shared_bytes, stream>>>(device_args);
+      layout.visit([&](auto groups, auto kind) {
+        constexpr int kGroups = groups;
+        constexpr RowKind kKind = kind;
+        backward_kernel<T, kGroups, kKind>
+            <<<static_cast<unsigned>(sums.blocks), block, layout.sum_bytes(block, columns),
+               stream>>>(device_arguments<T>(args, sums, dgamma, dbeta));
+      });
     });
     check_launch("layer_norm_backward");
   }
-  const Shape shape{partial.warps, columns};
-  column_sums({dgamma, DType::f32, shape, Device::cuda}, args.dgamma, args.accumulate,
-              dbeta + numel);
-  column_sums({dbeta, DType::f32, shape, Device::cuda}, args.dbeta, args.accumulate, dbeta + numel);
+  const Shape shape{sums.blocks, columns};
+  float* const work = dbeta + numel;
+  column_sums({dgamma, DType::f32, shape, Device::cuda}, args.dgamma, args.accumulate, work);
+  column_sums({dbeta, DType::f32, shape, Device::cuda}, args.dbeta, args.accumulate, work);
 }
 
 }  // namespace bitfall

@@ -1,4 +1,5 @@
 #include <cmath>
+#include <cstring>
 
 #include "tests/support/backend_fixture.h"
 #include "tests/support/numeric_gradient.h"
@@ -48,6 +49,33 @@ Values reference(const Values& sum, const Values& gamma, const Values& beta, dou
   return y;
 }
 
+struct Gradients {
+  Values dsum, dgamma, dbeta;
+};
+
+/// Gradients of sum(y * dy) by the formulas.
+Gradients reference_gradients(const Values& sum, const Values& gamma, const Values& dy,
+                              double epsilon) {
+  const std::size_t columns = gamma.size();
+  const Values n = reference(sum, Values(columns, 1.0), Values(columns, 0.0), epsilon);
+  Gradients gradients{Values(sum.size()), Values(columns, 0.0), Values(columns, 0.0)};
+  for (std::size_t begin = 0; begin < sum.size(); begin += columns) {
+    double mean = 0, variance = 0, mean_g = 0, mean_gn = 0;
+    for (std::size_t i = 0; i < columns; ++i) mean += sum[begin + i] / double(columns);
+    for (std::size_t i = 0; i < columns; ++i) {
+      variance += std::pow(sum[begin + i] - mean, 2) / double(columns);
+      gradients.dgamma[i] += dy[begin + i] * n[begin + i];
+      gradients.dbeta[i] += dy[begin + i];
+      mean_g += dy[begin + i] * gamma[i] / double(columns);
+      mean_gn += dy[begin + i] * gamma[i] * n[begin + i] / double(columns);
+    }
+    for (std::size_t i = begin; i < begin + columns; ++i)
+      gradients.dsum[i] =
+          (dy[i] * gamma[i - begin] - mean_g - n[i] * mean_gn) / std::sqrt(variance + epsilon);
+  }
+  return gradients;
+}
+
 class LayerNormTest : public BackendTest {
  protected:
   LayerNormForward arguments(const Shape& shape, float probability) {
@@ -81,6 +109,37 @@ class LayerNormTest : public BackendTest {
     args.dgamma = random(Shape{shape[1]}, DType::f32);
     args.dbeta = random(Shape{shape[1]}, DType::f32);
     return args;
+  }
+
+  /// A copy of `tensor` that begins one element behind where its memory does.
+  Tensor moved(const Tensor& tensor) {
+    const std::size_t element = size_in_bytes(tensor.dtype);
+    Tensor copy = zeros(Shape{tensor.numel() + 1}, tensor.dtype);
+    copy.data = static_cast<std::byte*>(copy.data) + element;
+    copy.shape = tensor.shape;
+    std::memcpy(copy.data, tensor.data, static_cast<std::size_t>(tensor.numel()) * element);
+    return copy;
+  }
+
+  void expect_formulas(const LayerNormForward& forward, const LayerNormBackward& gradient) {
+    SCOPED_TRACE(forward.x.shape.to_string());
+    const Shape& shape = forward.x.shape;
+    const Values input_mask = mask_of(forward.input_dropout, forward.row_keys, shape);
+    const Values output_mask = mask_of(forward.output_dropout, forward.row_keys, shape);
+    backend().layer_norm_forward(forward);
+    const Values gamma = values(forward.gamma), sum = values(forward.sum);
+    EXPECT_TRUE(close(forward.sum,
+                      add(multiply(values(forward.x), input_mask), values(forward.residual)),
+                      tolerance()));
+    const Values y = reference(sum, gamma, values(forward.beta), 1e-3);
+    EXPECT_TRUE(close(forward.y, multiply(y, output_mask), tolerance()));
+    backend().layer_norm_backward(gradient);
+    const Gradients expected =
+        reference_gradients(sum, gamma, multiply(values(gradient.dy), output_mask), 1e-3);
+    EXPECT_TRUE(close(gradient.dresidual, expected.dsum, wide()));
+    EXPECT_TRUE(close(gradient.dx, multiply(expected.dsum, input_mask), wide()));
+    EXPECT_TRUE(close(gradient.dgamma, expected.dgamma, {1e-4, 2e-5}));
+    EXPECT_TRUE(close(gradient.dbeta, expected.dbeta, {1e-4, 2e-5}));
   }
 
   /// Rounding an activation to the compute dtype moves a normalised row of few columns a lot.
@@ -155,6 +214,73 @@ TEST_P(LayerNormTest, BackwardMatchesNumericGradients) {
       EXPECT_TRUE(close(args.dbeta, dbeta, {2e-5, 2e-5})) << shape.to_string();
     }
   }
+}
+
+/// A GPU takes rows of up to 256, 512, 768 and 1024 columns in different ways, more columns in
+/// another, and sizes that are no multiples of eight, or addresses that are none of 16 bytes.
+TEST_P(LayerNormTest, HiddenSizesOfModelsMatchTheFormulas) {
+  for (const Shape& shape : {Shape{3, 8}, Shape{19, 128}, Shape{17, 384}, Shape{9, 768},
+                             Shape{5, 1024}, Shape{3, 1032}, Shape{2, 2304}, Shape{3, 100}}) {
+    const LayerNormForward forward = arguments(shape, 0.25f);
+    expect_formulas(forward, backward_arguments(forward));
+  }
+}
+
+TEST_P(LayerNormTest, WorksAtAnyAddress) {
+  LayerNormForward forward = arguments(Shape{3, 384}, 0.25f);
+  LayerNormBackward backward = backward_arguments(forward);
+  forward.residual = moved(forward.residual);  // one of them is enough
+  backward.dx = moved(backward.dx);
+  expect_formulas(forward, backward);
+
+  forward = arguments(Shape{2, 1032}, 0.25f);
+  for (Tensor* tensor : {&forward.x, &forward.gamma, &forward.beta, &forward.sum, &forward.y})
+    *tensor = moved(*tensor);
+  backward = backward_arguments(forward);
+  for (Tensor* tensor : {&backward.dy, &backward.dresidual}) *tensor = moved(*tensor);
+  expect_formulas(forward, backward);
+}
+
+TEST_P(LayerNormTest, RestoresItsOutputFromTheSum) {
+  for (const Shape& shape : {Shape{3, 384}, Shape{2, 1032}, Shape{3, 33}}) {
+    LayerNormForward args = arguments(shape, 0.25f);
+    args.output_dropout = {};
+    backend().layer_norm_forward(args);
+    const Values sum = values(args.sum);
+    LayerNormForward restored;
+    restored.x = restored.sum = args.sum;
+    restored.gamma = args.gamma;
+    restored.beta = args.beta;
+    restored.epsilon = args.epsilon;
+    restored.mean_rstd = zeros(args.mean_rstd.shape, DType::f32);
+    restored.y = zeros(shape, dtype());
+    backend().layer_norm_forward(restored);
+    EXPECT_TRUE(identical(restored.y, args.y));
+    EXPECT_TRUE(identical(restored.mean_rstd, args.mean_rstd));
+    EXPECT_EQ(values(args.sum), sum);
+  }
+}
+
+TEST_P(LayerNormTest, NamesTheHiddenSizeThatIsTooLarge) {
+  if (GetParam().device == Device::cpu) return;
+  const auto message = [](auto&& operation) {
+    try {
+      operation();
+    } catch (const UnsupportedError& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  const LayerNormForward fits = arguments(Shape{1, 12288}, 0.0f);
+  EXPECT_EQ(message([&] { backend().layer_norm_forward(fits); }), "");
+  EXPECT_NE(message([&] {
+              backend().layer_norm_backward(backward_arguments(fits));
+            }).find("layer_norm_backward on cuda: hidden_size 12288"),
+            std::string::npos);
+  EXPECT_NE(message([&] {
+              backend().layer_norm_forward(arguments(Shape{1, 12289}, 0.0f));
+            }).find("layer_norm_forward on cuda: hidden_size 12289"),
+            std::string::npos);
 }
 
 TEST_P(LayerNormTest, ParameterGradientsOfManyRowsAccumulate) {
