@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -102,8 +103,42 @@ bool advance(Fiber& fiber) {
   return !same;
 }
 
+/// Where the threads of a warp, or of a block, have come to.
+struct Standstill {
+  bool further = false, waits_for_blocks = false;
+  std::size_t at_barrier = 0;
+};
+
+/// Lets a warp go on, whatever the others do, until each of its threads waits for them or has
+/// ended.
+Standstill advance_warp(Block& block, std::size_t first, std::size_t end) {
+  Standstill reached;
+  for (bool progress = true; progress;) {
+    progress = reached.waits_for_blocks = false;
+    reached.at_barrier = 0;
+    for (std::size_t i = first; i < end; ++i) {
+      Fiber& fiber = block.fibers[block.rising ? i : first + end - 1 - i];
+      if (fiber.done) continue;
+      if (fiber.waiting == Waiting::for_block) {
+        ++reached.at_barrier;
+        continue;
+      }
+      if (fiber.waiting == Waiting::for_turn) {
+        reached.waits_for_blocks = true;
+        continue;
+      }
+      progress = advance(fiber) || progress;
+      block.alive -= fiber.done ? 1 : 0;
+      reached.waits_for_blocks =
+          reached.waits_for_blocks || fiber.waiting == Waiting::for_other_blocks;
+    }
+    reached.further = reached.further || progress;
+  }
+  return reached;
+}
+
 /// Lets a block go on until it ends, gives way or can only wait for others; returns whether it came
-/// further.
+/// further. Warps go on from the first to the last, then from the last to the first.
 bool advance(Block& block, std::size_t threads) {
   running_block = &block;
   block_index = block.index;
@@ -111,33 +146,25 @@ bool advance(Block& block, std::size_t threads) {
     Waiting& waiting = block.fibers[number].waiting;
     if (waiting == Waiting::for_turn) waiting = Waiting::no;
   }
+  const std::size_t warps = block.warps.size();
   for (bool further = false;; further = true) {
-    bool progress = false, waits_for_blocks = false;
-    std::size_t at_barrier = 0;
+    Standstill reached;
     block.rising = !block.rising;
-    for (std::size_t i = 0; i < threads; ++i) {
-      Fiber& fiber = block.fibers[block.rising ? i : threads - 1 - i];
-      if (fiber.done) continue;
-      if (fiber.waiting == Waiting::for_block) {
-        ++at_barrier;
-        continue;
-      }
-      if (fiber.waiting == Waiting::for_turn) {
-        waits_for_blocks = true;
-        continue;
-      }
-      progress = advance(fiber) || progress;
-      block.alive -= fiber.done ? 1 : 0;
-      waits_for_blocks = waits_for_blocks || fiber.waiting == Waiting::for_other_blocks;
+    for (std::size_t i = 0; i < warps; ++i) {
+      const std::size_t warp = block.rising ? i : warps - 1 - i;
+      const Standstill of_warp = advance_warp(block, 32 * warp, std::min(32 * (warp + 1), threads));
+      reached.further = reached.further || of_warp.further;
+      reached.waits_for_blocks = reached.waits_for_blocks || of_warp.waits_for_blocks;
+      reached.at_barrier += of_warp.at_barrier;
     }
-    if (at_barrier > 0 && at_barrier == block.alive) {
+    if (reached.at_barrier > 0 && reached.at_barrier == block.alive) {
       for (std::size_t number = 0; number < threads; ++number)
         block.fibers[number].waiting = Waiting::no;
-      progress = true;
+      reached.further = true;
     }
     if (block.alive == 0) return true;
-    check(progress || waits_for_blocks, "threads wait for others that never come");
-    if (!progress) return further;
+    check(reached.further || reached.waits_for_blocks, "threads wait for others that never come");
+    if (!reached.further) return further;
   }
 }
 

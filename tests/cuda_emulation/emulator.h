@@ -1,8 +1,8 @@
 // Runs CUDA kernels on the CPU, so that their logic is tested where there is no GPU: indices,
 // tails, barriers, warps that leave early. Threads of a block are fibers that take turns at
-// barriers and warp operations, from the first to the last and the other way round, so that a
-// missing barrier does not hide behind their order; a warp operation that not all lanes reach is a
-// deadlock, and reported.
+// barriers and warp operations. A warp goes on as far as it can before another does, from the first
+// to the last and then the other way round, so that a missing barrier does not hide behind their
+// order; a warp operation that not all lanes reach is a deadlock, and reported.
 //
 // Blocks start in order, one when the last has ended. Only where a block waits for another the next
 // one starts, as long as there is room for it; blocks in flight then take turns. They also do when
