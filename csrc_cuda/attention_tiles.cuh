@@ -8,6 +8,7 @@
 
 #include <cmath>
 
+#include "csrc_cuda/approximate.cuh"
 #include "csrc_cuda/attention_problem.cuh"
 #include "csrc_cuda/reduce.cuh"
 #include "csrc_cuda/tensor_core.cuh"

@@ -165,7 +165,8 @@ class BackwardHead {
           const int block = half * (kHalf / 8) + n, r = i / 2, j = i % 2;
           const bool exists = 8 * block + sum_column() + j < count;
           const float mask = is_kept(kept, r, block, j) ? keep_scale : 0.0f;
-          const float probability = exists ? fast_exp2(factor * p.block[n][i] - shift[r]) : 0.0f;
+          const float probability =
+              exists ? exp2_approximate(factor * p.block[n][i] - shift[r]) : 0.0f;
           const float dscore = probability * (dp.block[n][i] * mask - delta[r]);
           p.block[n][i] = probability * mask;
           dp.block[n][i] = exists ? dscore : 0.0f;

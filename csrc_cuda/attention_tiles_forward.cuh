@@ -40,11 +40,11 @@ __device__ inline float2 softmax(Sums<kKeys>& scores, float factor, int count, R
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         float& p = scores.block[n][2 * r + j];
-        p = fast_exp2(factor * p - new_largest);
+        p = exp2_approximate(factor * p - new_largest);
         total += p;
       }
     }
-    correction[r] = fast_exp2(state.largest[r] - new_largest);
+    correction[r] = exp2_approximate(state.largest[r] - new_largest);
     state.total[r] = state.total[r] * correction[r] + row_sum(total);
     state.largest[r] = new_largest;
   }

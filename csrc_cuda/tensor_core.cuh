@@ -1,6 +1,6 @@
-// Instructions that C++ has no words for: matrices of 8 x 8 in registers, from shared memory
-// (ldmatrix) and multiplied on tensor cores (mma.m16n8k16), and 2^x. PTX ISA, "Warp-level matrix
-// instructions". All 32 lanes of a warp must call what is said to be of the warp.
+// Matrices of 8 x 8 in registers, from shared memory (ldmatrix) and multiplied on tensor cores
+// (mma.m16n8k16): PTX ISA, "Warp-level matrix instructions". All 32 lanes of a warp must call what
+// is said to be of the warp.
 //
 // Of a matrix, lane l has elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4, in one word.
 #pragma once
@@ -64,13 +64,6 @@ __device__ inline void multiply_add(float (&sums)[4], const Matrices& a, std::ui
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(low), "r"(high));
   }
-}
-
-/// 2^x to 2 ulp; below 2^-126 it is 0.
-__device__ inline float fast_exp2(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
 }
 
 }  // namespace bitfall

@@ -84,6 +84,4 @@ void multiply_add(float (&sums)[4], const Matrices& a, std::uint32_t low, std::u
   }
 }
 
-inline float fast_exp2(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
-
 }  // namespace bitfall
