@@ -174,6 +174,7 @@ __global__ void __launch_bounds__(backward_threads(kKind, kGroups),
                                   backward_blocks<T>(kKind, kGroups))
     backward_kernel(Backward<T> args) {
   const OwnColumns<T, kGroups, kKind> own(args.columns);
+  constexpr int kRows = backward_rows(kGroups);
   Eight dgamma[kGroups] = {}, dbeta[kGroups] = {};
   const std::int64_t begin = blockIdx.x * args.rows_per_block;
   const std::int64_t left = args.rows - begin;
@@ -181,8 +182,8 @@ __global__ void __launch_bounds__(backward_threads(kKind, kGroups),
   for (unsigned row = threadIdx.y; row < count; row += blockDim.y)
     gradient_row(args, own, begin + row, dgamma, dbeta);
   const std::int64_t offset = static_cast<std::int64_t>(blockIdx.x) * args.columns;
-  own.add_rows(dgamma, args.output_dropout.scale, args.dgamma + offset);
-  own.add_rows(dbeta, args.output_dropout.scale, args.dbeta + offset);
+  own.template add_rows<kRows>(dgamma, args.output_dropout.scale, args.dgamma + offset);
+  own.template add_rows<kRows>(dbeta, args.output_dropout.scale, args.dbeta + offset);
 }
 
 template <typename Args>

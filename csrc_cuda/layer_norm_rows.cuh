@@ -124,9 +124,15 @@ struct OwnColumns {
   }
 
   /// destination [columns] = scale * the sums of what the threads of the block hold for each
-  /// column, added in the order of their rows. All threads of the block must call it.
+  /// column, added in the order of their rows, which are `kRows` if a warp takes one. All threads
+  /// of the block must call it.
+  template <int kRows>
   __device__ void add_rows(const Eight (&values)[kGroups], float scale, float* destination) const {
     extern __shared__ __align__(16) float shared_rows[];  // see RowLayout::sum_bytes
+    const bool known = kKind == RowKind::warp;            // and the loop below unrolled
+    const int rows = known ? kRows : static_cast<int>(blockDim.y);
+    const int threads = rows * (known ? kWarpThreads : static_cast<int>(blockDim.x));
+    const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
     const int stride = (columns + 7) / 8 * 8;
     __syncthreads();  // the last readers are done
 #pragma unroll
@@ -134,13 +140,10 @@ struct OwnColumns {
       if (has(group))
         store_packs(shared_rows + threadIdx.y * stride + column(group), values[group]);
     __syncthreads();
-    const auto threads = static_cast<int>(blockDim.x * blockDim.y);
-    for (auto i = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x); i < columns;
-         i += threads) {
+    for (int i = thread; i < columns; i += threads) {
       float total = shared_rows[i];
-#pragma unroll 8
-      for (int row = 1; row < static_cast<int>(blockDim.y); ++row)
-        total += shared_rows[row * stride + i];
+#pragma unroll
+      for (int row = 1; row < rows; ++row) total += shared_rows[row * stride + i];
       destination[i] = scale * total;
     }
   }
