@@ -6,6 +6,7 @@
 #include <cub/device/device_radix_sort.cuh>
 
 #include "core/operation_checks.h"
+#include "csrc_cuda/column_sums.cuh"
 #include "csrc_cuda/cuda_backend.h"
 #include "csrc_cuda/element.cuh"
 
@@ -14,11 +15,9 @@ namespace {
 
 constexpr int kTables = 3;                                  ///< word, position, token_type
 constexpr std::int64_t kMostTokens = 0x7fffffff / kTables;  ///< sorting counts in 32 bits
-constexpr int kPiece = 32;    ///< list entries that one thread adds up
-constexpr int kInFlight = 4;  ///< of which it reads at a time
+constexpr int kPiece = 32;  ///< list entries that one thread adds up
 constexpr int kPieceThreads = 128;
 constexpr std::uint32_t kNoRow = 0xffffffff;
-constexpr int kLanes = 16, kRunRows = 8;  ///< threads of a block of add_heads_kernel
 
 std::int64_t pieces_of(std::int64_t entries) { return (entries + kPiece - 1) / kPiece; }
 
@@ -61,29 +60,6 @@ __device__ inline float* gradient_row(const Tables& tables, std::uint32_t row,
   return table + (row - first) * columns;
 }
 
-// A thread owns kWidth columns: eight, read 16 bytes at a time, or one, at any address.
-
-template <int kWidth, typename T>
-__device__ inline Eight load(const T* data) {
-  if constexpr (kWidth == 8) return load_packs(data);
-  return {{widen(*data)}};
-}
-
-template <int kWidth>
-__device__ inline void store(float* data, const Eight& values) {
-  if constexpr (kWidth == 8) {
-    store_packs(data, values);
-  } else {
-    *data = values.value[0];
-  }
-}
-
-template <int kWidth>
-__device__ inline void add(Eight& sum, const Eight& values) {
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) sum.value[i] += values.value[i];
-}
-
 /// A thread adds the tokens of a piece to their rows, or to heads[piece] if the row's run begins in
 /// an earlier piece, whose thread may be adding to the row.
 template <typename T, int kWidth>
@@ -104,30 +80,29 @@ __global__ void add_pieces_kernel(Entries entries, std::int64_t count, Tables ta
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const std::uint32_t token = entries.token[min(entry + i, end - 1)];
-      values[i] = load<kWidth>(dy + token * columns + column);
+      values[i] = load_chunk<kWidth>(dy + token * columns + column);
       before[i] = Eight{};
       if (row[i] != row[i + 1] && row[i] != head)
-        before[i] = load<kWidth>(gradient_row(tables, row[i], columns) + column);
+        before[i] = load_chunk<kWidth>(gradient_row(tables, row[i], columns) + column);
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       if (row[i] == kNoRow) break;
-      add<kWidth>(sum, values[i]);
+      add_chunk<kWidth>(sum, values[i]);
       if (row[i] == row[i + 1]) continue;
-      add<kWidth>(before[i], sum);
+      add_chunk<kWidth>(before[i], sum);
       float* const destination =
           row[i] == head ? heads + piece * columns : gradient_row(tables, row[i], columns);
-      store<kWidth>(destination + column, before[i]);
+      store_chunk<kWidth>(destination + column, before[i]);
       sum = Eight{};
     }
   }
 }
 
 /// If the run of the first row of piece x began in the piece before, the block adds the heads of
-/// the run to the row: kRunRows threads, each of which takes every kRunRows-th head, share kWidth
-/// columns. The launch bound grants the registers that loads in flight take.
+/// the run to the row.
 template <int kWidth>
-__global__ void __launch_bounds__(kLanes* kRunRows, 8)
+__global__ void __launch_bounds__(kSumThreads, kSumBlocks)
     add_heads_kernel(const std::uint32_t* row, std::int64_t pieces, Tables tables,
                      std::int64_t columns, const float* heads) {
   const std::int64_t piece = blockIdx.x + 1;
@@ -140,30 +115,13 @@ __global__ void __launch_bounds__(kLanes* kRunRows, 8)
     (row[middle * kPiece] == run ? last : behind) = middle;
   }
   const std::int64_t column =
-      (static_cast<std::int64_t>(blockIdx.y) * kLanes + threadIdx.x) * kWidth;
-  Eight sum{};
-  if (column < columns) {
-#pragma unroll 1  // more would take the loads apart
-    for (std::int64_t head = piece + threadIdx.y; head < behind; head += kInFlight * kRunRows) {
-      Eight values[kInFlight];
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        values[i] = Eight{};
-        if (head + i * kRunRows < behind)
-          values[i] = load<kWidth>(heads + (head + i * kRunRows) * columns + column);
-      }
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) add<kWidth>(sum, values[i]);
-    }
-  }
-  __shared__ Eight sums[kRunRows][kLanes];
-  sums[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
+      (static_cast<std::int64_t>(blockIdx.y) * kSumLanes + threadIdx.x) * kWidth;
+  const Eight sum = block_column_sums<kWidth>(heads, piece, behind, column, columns);
   if (threadIdx.y != 0 || column >= columns) return;
-  for (int other = 1; other < kRunRows; ++other) add<kWidth>(sum, sums[other][threadIdx.x]);
   float* const destination = gradient_row(tables, run, columns) + column;
-  add<kWidth>(sum, load<kWidth>(destination));
-  store<kWidth>(destination, sum);
+  Eight total = load_chunk<kWidth>(destination);
+  add_chunk<kWidth>(total, sum);
+  store_chunk<kWidth>(destination, total);
 }
 
 Tables tables_of(const EmbeddingIds& ids, const EmbeddingTables& gradients) {
@@ -201,11 +159,11 @@ void launch_sums(const Entries& sorted, std::int64_t count, const Tables& tables
       sorted, count, tables, device_data<const T>(dy), columns, heads);
   check_launch("embedding_backward");
   if (pieces == 1) return;
-  constexpr int kColumns = kLanes * kWidth;
+  constexpr int kColumns = kSumLanes * kWidth;
   const dim3 grid(static_cast<unsigned>(pieces - 1),
                   static_cast<unsigned>((columns + kColumns - 1) / kColumns));
   add_heads_kernel<kWidth>
-      <<<grid, dim3(kLanes, kRunRows), 0, stream>>>(sorted.row, pieces, tables, columns, heads);
+      <<<grid, dim3(kSumLanes, kSumRows), 0, stream>>>(sorted.row, pieces, tables, columns, heads);
   check_launch("embedding_backward");
 }
 
