@@ -33,8 +33,9 @@ struct GeluTanh {
     const Floats gate_change = gate_slope * twice_u_slope;
     const Floats gate_curvature =
         gate_change * twice_u_slope * (1.0f - 2.0f * gate) + gate_slope * twice_u_curvature;
-    return {x * gate, gate + x * gate_slope * twice_u_slope,
-            2.0f * gate_change + x * gate_curvature};
+    // Far outside, the slope of u is infinite where e is zero.
+    return {x * gate, e == 0.0f ? gate : gate + x * gate_slope * twice_u_slope,
+            e == 0.0f ? Floats{} : 2.0f * gate_change + x * gate_curvature};
   }
 };
 

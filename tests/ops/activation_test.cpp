@@ -136,9 +136,7 @@ TEST_P(ActivationTest, NanStaysNan) {
 
 TEST_P(ActivationTest, FarOutsideValuesAndSlopesAreExact) {
   for (const Activation activation : kAll) {
-    // The cube of gelu_tanh's input may overflow, its square not on every backend.
-    double far = activation == Activation::gelu_tanh ? 1e18 : 3e38;
-    if (dtype() == DType::f16) far = 6e4;
+    const double far = dtype() == DType::f16 ? 6e4 : 3e38;
     const Tensor x = floats(Shape{1, 2}, dtype(), {far, -far});
     const Tensor dy = floats(x.shape, dtype(), {1, 1});
     const Tensor dpre = zeros(x.shape, dtype()), y = zeros(x.shape, dtype());
