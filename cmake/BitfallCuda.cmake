@@ -39,7 +39,7 @@ else()
     find_package(CUDAToolkit 12)
     # CUDA 13 has it in a folder that nvcc alone knows.
     find_path(BITFALL_CUB_INCLUDE_DIR cub/device/device_radix_sort.cuh
-              HINTS ${CUDAToolkit_INCLUDE_DIRS} PATH_SUFFIXES cccl)
+              PATHS ${CUDAToolkit_INCLUDE_DIRS} PATH_SUFFIXES cccl NO_DEFAULT_PATH)
   endif()
   if(CMAKE_CUDA_COMPILER AND TARGET CUDA::cublasLt AND BITFALL_CUB_INCLUDE_DIR)
     set(BITFALL_CUDA_FOUND TRUE)
