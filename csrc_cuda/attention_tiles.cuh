@@ -10,6 +10,7 @@
 
 #include "csrc_cuda/approximate.cuh"
 #include "csrc_cuda/attention_problem.cuh"
+#include "csrc_cuda/packed.cuh"
 #include "csrc_cuda/reduce.cuh"
 #include "csrc_cuda/tensor_core.cuh"
 
@@ -47,9 +48,7 @@ __device__ inline bool in_eights(const T* rows, std::int64_t stride, int head_si
 }
 
 /// Eight elements on their way.
-struct alignas(16) EightRaw {
-  std::uint32_t word[4];
-};
+using EightRaw = Pack<std::uint32_t>;
 
 /// tile [kRows, kDepth] = `count` rows of `head_size` elements that lie `stride` apart, zeros
 /// around them. All kThreads threads take part; they must wait for each other before they read it.
@@ -176,17 +175,12 @@ __device__ inline void add_product(const Matrices& left, const T* rows, Sums<kDe
     sums.template add<T>(n, left, load_right(rows + 16 * n, stride_of(kDepth)));
 }
 
-template <typename T>
-__device__ inline std::uint32_t pair(float low, float high) {
-  return narrow<T>(low).bits | static_cast<std::uint32_t>(narrow<T>(high).bits) << 16;
-}
-
 /// Columns 16 n ... 16 n + 15 as left factor.
 template <typename T, int kColumns>
 __device__ inline Matrices left_of(const Sums<kColumns>& sums, int n) {
   const float(&first)[4] = sums.block[2 * n], (&second)[4] = sums.block[2 * n + 1];
-  return {{pair<T>(first[0], first[1]), pair<T>(first[2], first[3]), pair<T>(second[0], second[1]),
-           pair<T>(second[2], second[3])}};
+  return {{narrow_pair<T>(first[0], first[1]), narrow_pair<T>(first[2], first[3]),
+           narrow_pair<T>(second[0], second[1]), narrow_pair<T>(second[2], second[3])}};
 }
 
 /// Writes 16 rows to a tile whose row 0 is the first of them.
@@ -198,7 +192,7 @@ __device__ inline void store_sums(const Sums<kColumns>& sums, T* tile, int strid
     for (int r = 0; r < 2; ++r) {
       *reinterpret_cast<std::uint32_t*>(tile + (sum_row() + 8 * r) * stride + 8 * n +
                                         sum_column()) =
-          pair<T>(sums.block[n][2 * r], sums.block[n][2 * r + 1]);
+          narrow_pair<T>(sums.block[n][2 * r], sums.block[n][2 * r + 1]);
     }
   }
 }
