@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "csrc_cuda/divider.cuh"
 #include "csrc_cuda/sign_groups.h"
 #include "csrc_cuda/tiles.cuh"
 
@@ -88,6 +89,7 @@ __device__ inline void quantize(Tile& tile, const Item& item, const QuantGroup& 
   const QuantSpec& spec = item.entry.range.spec;
   const float mix = item.entry.range.mix;
   const CodeLimits limits(spec.bits, spec.q_type);
+  const Divider by_scale(group.scale);
   for_each_row(item, [&](int row) {
     float(&weights)[8] = tile.rows[row].value;
     if (is_sign_quantized(spec.bits)) {
@@ -100,8 +102,8 @@ __device__ inline void quantize(Tile& tile, const Item& item, const QuantGroup& 
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const float g = weights[j];
-      weights[j] =
-          blend(mix, g, dequantize(uniform_code(g, group, limits, offsets.value[j]), group));
+      const float code = code_of_quotient(by_scale(g), group, limits, offsets.value[j]);
+      weights[j] = blend(mix, g, dequantize(code, group));
     }
   });
 }

@@ -113,13 +113,18 @@ BITFALL_INLINE QuantGroup uniform_group(int bits, QuantType q_type, const QuantR
   return group;
 }
 
-/// Code of `g`: an integer within `limits`. `offset` in (-0.5, 0.5) is 0 for rounding to nearest
-/// and stochastic_offset otherwise.
-BITFALL_INLINE float uniform_code(float g, const QuantGroup& group, CodeLimits limits,
-                                  float offset) {
-  const float code = round_half_even(g / group.scale + offset) - group.zero_point;
+/// Code of g, `quotient` being g / scale: an integer within `limits`. `offset` in (-0.5, 0.5) is 0
+/// for rounding to nearest and stochastic_offset otherwise.
+BITFALL_INLINE float code_of_quotient(float quotient, const QuantGroup& group, CodeLimits limits,
+                                      float offset) {
+  const float code = round_half_even(quotient + offset) - group.zero_point;
   const float above = code < limits.min ? limits.min : code;
   return above > limits.max ? limits.max : above;
+}
+
+BITFALL_INLINE float uniform_code(float g, const QuantGroup& group, CodeLimits limits,
+                                  float offset) {
+  return code_of_quotient(g / group.scale, group, limits, offset);
 }
 
 /// Code -1, 0 or 1 of a ternary or binary weight.

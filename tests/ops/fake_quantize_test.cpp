@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <random>
 
 #include "quantizer/quant_math.h"
 #include "tests/support/backend_fixture.h"
@@ -83,6 +84,33 @@ TEST_P(FakeQuantize, MatchesTheFormulas) {
         const QuantSpec spec{bits, size.groups, q_type, Rounding::nearest};
         expect_quantized(master, spec, transcribed(master, spec, {}));
       }
+    }
+  }
+}
+
+TEST_P(FakeQuantize, QuotientsAreRoundedBeforeTheyBecomeCodes) {
+  // Weights next to the middle between two codes, of groups of all sizes.
+  constexpr std::int64_t kGroups = 240, kSize = 64;
+  std::mt19937 random(7);
+  for (const int bits : {8, 12}) {
+    for (const QuantType q_type : {kSymmetric, kAsymmetric}) {
+      const Tensor master = zeros(Shape{kGroups * kSize}, DType::f32);
+      for (std::int64_t group = 0; group < kGroups; ++group) {
+        float* const weights = master.as<float>() + group * kSize;
+        const double mantissa = 1 + static_cast<double>(random() % 8388608) / 8388608;
+        const double largest = std::ldexp(mantissa, static_cast<int>(group) - 113);
+        weights[0] = static_cast<float>(largest);
+        weights[1] = q_type == kSymmetric ? -weights[0] / 2 : 0.0f;
+        const double scale = std::ldexp(weights[0], q_type == kSymmetric ? 1 - bits : -bits);
+        for (std::int64_t i = 2; i < kSize; ++i) {
+          const double code = random() % (1u << (bits - 1)) + 0.5;
+          const auto middle = static_cast<float>(code * scale);
+          const int steps = static_cast<int>(random() % 5) - 2;
+          weights[i] = std::bit_cast<float>(std::bit_cast<std::int32_t>(middle) + steps);
+        }
+      }
+      const QuantSpec spec{bits, kGroups, q_type, Rounding::nearest};
+      expect_quantized(master, spec, transcribed(master, spec, {}));
     }
   }
 }

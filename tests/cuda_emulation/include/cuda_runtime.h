@@ -172,5 +172,7 @@ inline unsigned long long atomicAdd(unsigned long long* address, unsigned long l
   emulator::give_way();
   return before;
 }
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
+inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
