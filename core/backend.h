@@ -239,8 +239,8 @@ class Backend {
   /// checked by the caller.
   virtual void embedding_forward(const EmbeddingIds& ids, const EmbeddingTables& tables,
                                  const Tensor& y) = 0;
-  /// Adds dy [T, H] to the rows of the f32 gradient tables. Sums run in a fixed order: in that of the
-  /// tokens on CPUs.
+  /// Adds dy [T, H] to the rows of the f32 gradient tables. Sums run in a fixed order: in that of
+  /// the tokens on CPUs.
   virtual void embedding_backward(const EmbeddingIds& ids, const Tensor& dy,
                                   const EmbeddingTables& gradients) = 0;
   /// y [R, H] = x[row_index]. row_index [R] s32.
