@@ -33,6 +33,7 @@ cudaMemcpyKind copy_kind(Device source, Device destination) {
 CudaBackend::CudaBackend(int device_index, std::optional<std::uintptr_t> stream)
     : device_index_(selected(device_index)),
       own_stream_(stream ? CudaStream() : make_stream()),
+      // Python gives a stream as a number. NOLINTNEXTLINE(performance-no-int-to-ptr)
       stream_(stream ? reinterpret_cast<cudaStream_t>(*stream) : own_stream_.get()),
       host_numbers_(allocate_pinned<HostNumbers>(sizeof(HostNumbers))),
       decision_read_(make_event()),

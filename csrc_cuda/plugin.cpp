@@ -72,6 +72,7 @@ class Plugin final : public CudaPlugin {
                         " (", cudaGetErrorName(code), "); this build needs a driver for CUDA ",
                         CUDART_VERSION / 1000);
     std::vector<CudaDevice> devices;
+    devices.reserve(static_cast<std::size_t>(count));
     for (int index = 0; index < count; ++index) devices.push_back(describe(index));
     return devices;
   }

@@ -217,8 +217,9 @@ const std::array<Words, 32>& exchange_words(const Words& words) {
 }
 
 void* dynamic_shared_memory() {
-  const auto address = reinterpret_cast<std::uintptr_t>(running_block->shared_memory.data());
-  return reinterpret_cast<void*>((address + 255) / 256 * 256);
+  std::byte* const memory = running_block->shared_memory.data();
+  const std::uintptr_t behind = reinterpret_cast<std::uintptr_t>(memory) % 256;
+  return memory + (256 - behind) % 256;
 }
 
 bool in_dynamic_shared_memory(const void* address) {
