@@ -8,6 +8,8 @@
 
 namespace bitfall {
 
+inline constexpr float kLog2E = 1.44269504f;
+
 /// 2^x, relative error below 2^-22; 0 where that is less than 2^-126.
 __device__ inline float exp2_approximate(float x) {
 #ifdef __CUDACC__

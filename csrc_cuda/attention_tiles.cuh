@@ -18,7 +18,7 @@ namespace bitfall::attention_tiles {
 
 inline constexpr int kWarpRows = 16;
 inline constexpr int kKeys = 64;  ///< of a tile
-inline constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
+inline constexpr float kLn2 = 0.69314718f;
 
 /// `rows` rows of `columns` 16-bit elements in shared memory.
 constexpr int stride_of(int columns) { return columns + 8; }
@@ -254,7 +254,7 @@ __device__ inline KeptScores kept_scores(const Dropout& dropout, std::uint32_t s
       const PhiloxBlock random = philox({{counter, position, sample_key, 0}}, dropout.key());
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const std::uint32_t bits = (random.word[i / 2] >> (16 * (i % 2))) & 0xffffu;
+        const std::uint32_t bits = random_half(random, i);
         (i < 4 ? kept.lower : kept.upper) |= static_cast<std::uint32_t>(bits >= threshold)
                                              << (16 * r + 2 * (2 * (i % 4) + block) + j);
       }

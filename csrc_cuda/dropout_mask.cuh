@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/rng.h"
+#include "csrc_cuda/element.cuh"
 #include "csrc_cuda/reduce.cuh"
 
 namespace bitfall {
@@ -50,8 +51,7 @@ __device__ inline unsigned kept_columns(const DropoutMask& dropout, const RowKey
   unsigned votes[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const std::uint32_t bits = (block.word[i / 2] >> (16 * (i % 2))) & 0xffffu;
-    votes[i] = __ballot_sync(kWholeWarp, bits >= dropout.threshold);
+    votes[i] = __ballot_sync(kWholeWarp, random_half(block, i) >= dropout.threshold);
   }
   const unsigned lane = threadIdx.x % kWarpThreads;
 #pragma unroll

@@ -134,6 +134,11 @@ __device__ inline void store_eight(T* data, std::int64_t first, std::int64_t beg
 // --- columns that share one Philox block: 128 b + lane + 16 i for i = 0 .. 7, see dropout_bits.
 // Sixteen threads with neighbouring lanes read neighbouring columns.
 
+/// Number i of the eight of a block. Where i is known only at run time, the words go to memory.
+__device__ inline std::uint32_t random_half(const PhiloxBlock& block, int i) {
+  return (block.word[i / 2] >> (16 * (i % 2))) & 0xffffu;
+}
+
 /// First of the eight columns of item number `item`, 0 <= item < 16 * ceil(columns / 128).
 __device__ inline std::int64_t first_column(std::int64_t item) {
   return item / 16 * 128 + item % 16;
@@ -161,8 +166,7 @@ __device__ inline Eight dropout_multipliers(const Dropout& dropout, std::int32_t
   Eight result;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const std::uint32_t bits = (block.word[i / 2] >> (16 * (i % 2))) & 0xffffu;
-    result.value[i] = bits < threshold ? 0.0f : scale;
+    result.value[i] = random_half(block, i) < threshold ? 0.0f : scale;
   }
   return result;
 }

@@ -18,8 +18,6 @@ struct Activated {
   float value, slope, curvature;
 };
 
-constexpr float kLog2E = 1.44269504f;
-
 /// With the distribution of the standard normal as the CPU has it (csrc_cpu/kernels/vector.h):
 /// Abramowitz & Stegun 7.1.26. Absolute error of the distribution, approximations included, below
 /// 8e-7.

@@ -74,8 +74,7 @@ __device__ inline Eight stochastic_offsets(const Item& item, int row, BlockMemor
   __syncwarp();  // the last readers of `numbers` are done
 #pragma unroll
   for (int j = 0; j < 8; ++j)
-    numbers[16 * j + lane] =
-        static_cast<std::uint16_t>((random.word[j / 2] >> (16 * (j % 2))) & 0xffffu);
+    numbers[16 * j + lane] = static_cast<std::uint16_t>(random_half(random, j));
   __syncwarp();
   Eight offsets;
 #pragma unroll
